@@ -6,9 +6,9 @@
 __all__ = ['V2_S', 'V2_L', 'GPU', 'STAGES', 'PillSnapError', 'suggest', 'number', 'choice', 'Stage', 'stage_table', 'field_table',
            'parse_overrides', 'parse_gates', 'get_stage', 'find_project', 'Settings', 'load_settings', 'data_roots',
            'atomic_path', 'write_json', 'read_json', 'content_hash', 'lock', 'new_run', 'git_state',
-           'installed_versions', 'describe_run', 'append_event', 'parse_event', 'read_events', 'run_state', 'list_runs',
-           'find_run', 'write_metrics', 'read_metrics', 'injected_names', 'exported_source', 'stale_modules',
-           'Parameters', 'read_parameters', 'pick_device']
+           'installed_versions', 'describe_run', 'append_event', 'parse_event', 'read_events', 'tail_events',
+           'run_state', 'list_runs', 'find_run', 'write_metrics', 'read_metrics', 'injected_names', 'exported_source',
+           'stale_modules', 'Parameters', 'read_parameters', 'pick_device']
 
 # %% ../nbs/00_core.ipynb #6a87226a
 import ast
@@ -375,6 +375,21 @@ def read_events(run: Path, event: str = "") -> list[dict[str, Any]]:
     path = run / "events.jsonl"
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
     return [e for line in lines if (e := parse_event(line)) and event in ("", e["event"])]
+
+# %% ../nbs/00_core.ipynb #d46622f1
+def tail_events(
+    run: Path,
+    offset: int = 0,  # bytes read already
+) -> tuple[list[dict[str, Any]], int]:  # new events, new offset
+    "Read what was appended since `offset`; a line that is still being written waits for the next call."
+    path = run / "events.jsonl"
+    if not path.exists():
+        return [], offset
+    with open(path, "rb") as f:
+        f.seek(offset)
+        data = f.read()
+    whole = data[: data.rfind(b"\n") + 1]
+    return [e for line in whole.decode("utf-8").splitlines() if (e := parse_event(line))], offset + len(whole)
 
 # %% ../nbs/00_core.ipynb #c53458c8
 def run_state(run: Path) -> str:  # "end", "stopped", "failed", or "unfinished"
