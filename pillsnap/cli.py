@@ -114,7 +114,7 @@ def training_pid(run: Path) -> int | None:
     events = [e for e in read_events(run) if e["event"] in ("start", "end", "stopped", "failed")]
     return events[-1]["pid"] if events and events[-1]["event"] == "start" and Path(f"/proc/{events[-1]['pid']}").exists() else None
 
-# %% ../nbs/10_cli.ipynb #7bf72e2a
+# %% ../nbs/10_cli.ipynb #d79b5329
 def execute(notebook: Path, out: Path, parameters: dict[str, Any], run: Path | None, project: Path) -> str:  # "" or the error's text
     "Execute a notebook with papermill, showing the progress of a training."
     import papermill
@@ -128,7 +128,7 @@ def execute(notebook: Path, out: Path, parameters: dict[str, Any], run: Path | N
         shower.start()
     try:
         with forward_signals(lambda: training_pid(run) if run else None):
-            papermill.execute_notebook(str(notebook), str(out), parameters, progress_bar=False, cwd=str(project), kernel_name="python3", config=local)
+            papermill.execute_notebook(str(notebook), str(out), parameters, progress_bar=False, cwd=str(project), kernel_name="python3", config=local, extra_arguments=["--IPKernelApp.log_level=50"])
         return ""
     except papermill.exceptions.PapermillExecutionError as e:
         return f"{e.ename}: {e.evalue}"

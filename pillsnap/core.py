@@ -71,7 +71,7 @@ def choice(default: Any, note: str, pattern: str | None = None) -> Any:
     "Describe one field that is a name, a switch or a choice."
     return Field(default, description=note, pattern=pattern, json_schema_extra={"unit": ""})
 
-# %% ../nbs/00_core.ipynb #45c61ea1
+# %% ../nbs/00_core.ipynb #aac17362
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", protected_namespaces=()))
 class Stage:
     "One row of the stage table: what is sampled, what is trained, what is expected."
@@ -102,7 +102,7 @@ class Stage:
     label_smoothing: float = number(0.05, "", 0, 0.5, "mass spread over the other classes")
     augment: float = number(1.0, "", 0, 2, "strength of the augmentation; 0 switches it off")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = choice("auto", "auto: bf16 or fp16 on a GPU, fp32 on a CPU")
-    workers: int = number(1, "processes", 0, 64, "loader processes")
+    workers: int = number(2, "processes", 0, 64, "loader processes")
     skip_unreadable: bool = choice(False, "skip and count unreadable photos instead of stopping")
     tensorboard: bool = choice(True, "write TensorBoard files into the run")
     # detector

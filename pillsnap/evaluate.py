@@ -123,7 +123,7 @@ def rung_of(name: str, stage: Stage) -> tuple[str, str, tuple[str, ...]]:  # sho
     split, kinds, _ = RUNGS[name]
     return ("other session" if name == "unseen photo" and stage.split == "session" else name), split, kinds
 
-# %% ../nbs/05_evaluate.ipynb #d4a32594
+# %% ../nbs/05_evaluate.ipynb #606bb7ff
 def climb(evaluated: Evaluated) -> dict[str, Predictions]:  # rung → predictions, only those the data has
     "Predict every rung; the reading of the test split is counted in the run."
     append_event(evaluated.run, "test_read", manifest_hash=evaluated.manifest.hash)
@@ -143,7 +143,7 @@ def ladder_table(rungs: dict[str, Predictions]) -> pd.DataFrame:  # index: rung
         low, high = interval(p.pills.right.to_numpy(float), p.clusters)
         rows[name] = {"top1": p.scores["top1"], "low": low, "high": high, "top5": p.scores["top5"], "macro_f1": p.scores["macro_f1"], "pills": len(p.pills),
                       "drugs": p.pills.k_code.nunique(), "clusters": p.clusters.nunique()}
-    return pd.DataFrame(rows).T
+    return pd.DataFrame(rows).T.astype(dict.fromkeys(("pills", "drugs", "clusters"), int))
 
 # %% ../nbs/05_evaluate.ipynb #db4ad1f6
 def plot_ladder(table: pd.DataFrame) -> Figure:
@@ -191,7 +191,7 @@ def show_calibration(p: Predictions) -> Figure:
     over = (bins.confidence * bins.n).sum() / bins.n.sum() - p.scores["top1"]
     return plot_reliability(bins, f"ECE {expected_calibration_error(bins):.3f}: {'too sure' if over > 0.01 else 'not sure enough' if over < -0.01 else 'about right'}")
 
-# %% ../nbs/05_evaluate.ipynb #f36a54ce
+# %% ../nbs/05_evaluate.ipynb #1001a09a
 def slice_table(p: Predictions) -> pd.DataFrame:  # index (field, value): top1, low, high, pills
     "Score the test pills by every capture field that varies."
     rows = {}
@@ -200,7 +200,7 @@ def slice_table(p: Predictions) -> pd.DataFrame:  # index (field, value): top1, 
             for value, part in p.pills.groupby(field):
                 low, high = interval(part.right.to_numpy(float), p.clusters[part.index])
                 rows[field, value] = {"top1": part.right.mean(), "low": low, "high": high, "pills": len(part)}
-    return pd.DataFrame(rows, index=["top1", "low", "high", "pills"]).T
+    return pd.DataFrame(rows, index=["top1", "low", "high", "pills"]).T.astype({"pills": int})
 
 
 def confused_pairs(p: Predictions, classes: list[str], pairs: int = 10) -> pd.DataFrame:  # true, predicted, count, share of the true drug's pills

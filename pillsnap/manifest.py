@@ -8,7 +8,7 @@ __all__ = ['HELD_LIGHT', 'HELD_LONGITUDES', 'GUARDS', 'FRAME_SHARE', 'MIX', 'PIL
            'share_out', 'sample_trays', 'choose_classes', 'sample_stage', 'group_leaks', 'pose_leaks', 'byte_leaks',
            'prove_no_leak', 'Manifest', 'tabulate_pills', 'csv_bytes', 'sampling_inputs', 'make_manifest',
            'save_manifest', 'load_manifest', 'ensure_manifest', 'plot_condition_split', 'plot_drug_split',
-           'count_splits']
+           'count_splits', 'summarise_manifest']
 
 # %% ../nbs/02_manifest.ipynb #59a94b09
 import hashlib
@@ -344,3 +344,12 @@ def count_splits(manifest: Manifest) -> pd.DataFrame:  # one row per kind and sp
     "Count photos, pills, drugs and groups."
     rows = manifest.pills.assign(photo_id=manifest.pills.root.astype(str) + manifest.pills.image)
     return rows.groupby(["kind", "split"]).agg(photos=("photo_id", "nunique"), pills=("image", "size"), drugs=("k_code", "nunique"), groups=("group", "nunique"))
+
+# %% ../nbs/02_manifest.ipynb #74d7510f
+def summarise_manifest(manifest: Manifest) -> pd.DataFrame:
+    "Say what the manifest holds, whether it is short, and what the proof found."
+    report = manifest.report
+    leaks = ", ".join(f"{n} by {check}" for check, n in report["proof"].items())
+    rows = {"photos": report["images"], "drugs": report["classes"], "pills": report["pills"], "short of what was asked": "YES" if report["short"] else "no", "leaks found": leaks,
+            "left out, without a photo in some split": ", ".join(report["left_out"]) or "none", "hash": report["hash"]}
+    return pd.Series(rows, name="value").to_frame()

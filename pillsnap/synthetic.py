@@ -10,7 +10,7 @@ __all__ = ['FIRST_CODE', 'SHAPES', 'KOREAN_SHAPE', 'COLOURS', 'LIGHTS', 'TABLES'
            'photo_single', 'arrange_trays', 'photo_tray', 'registry_fields', 'make_label', 'SynthSpec', 'write_photo',
            'drawing_jobs', 'synthesise', 'ensure_synthetic']
 
-# %% ../nbs/00d_synthetic.ipynb #f1c48ad3
+# %% ../nbs/00d_synthetic.ipynb #3e73231f
 import json
 import math
 import os
@@ -26,7 +26,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .core import PillSnapError, Settings, content_hash, lock, write_json
+from .core import PillSnapError, Settings, content_hash, lock
 
 # %% ../nbs/00d_synthetic.ipynb #ee91a97b
 FIRST_CODE = 900_001
@@ -490,7 +490,7 @@ def drawing_jobs(spec: SynthSpec, folder: Path) -> Iterator[Callable[[], int]]:
     yield from ((lambda look=look: draw_drug(look)) for look in looks)
     yield from ((lambda i=i, tray=tray: draw_tray(i, tray)) for i, tray in enumerate(arrange_trays(looks, spec.trays, spec.seed)))
 
-# %% ../nbs/00d_synthetic.ipynb #506cddca
+# %% ../nbs/00d_synthetic.ipynb #420809cb
 def synthesise(
     out: Path,  # a new folder
     spec: SynthSpec = SynthSpec(),
@@ -508,8 +508,7 @@ def synthesise(
             for done in [pool.submit(job) for job in drawing_jobs(spec, part / "data/train")]:
                 photos += done.result()
                 on_progress(done.result())
-        write_json(part / "synth.json", spec.__dict__ | {"photos": photos})
-        part.mkdir(parents=True, exist_ok=True)
+        (part / "synth.txt").write_text(f"pillsnap synth OUT --drugs {spec.drugs} --views {spec.views} --trays {spec.trays} --seed {spec.seed} --width {spec.width}\n")
         if out.exists():
             out.rmdir()
         os.replace(part, out)

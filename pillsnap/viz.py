@@ -18,7 +18,7 @@ from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-# %% ../nbs/00a_viz.ipynb #59070f7f
+# %% ../nbs/00a_viz.ipynb #b43f5ccb
 SPLIT_COLOURS = {"train": "#3b6fb6", "val": "#e0982f", "test": "#2f9e76", "frame": "#b0619e", "unused": "#c9ccd1"}
 INK, SOFT, BAD = "#22262b", "#8a919a", "#c8453b"
 
@@ -32,7 +32,7 @@ def set_style() -> None:
     matplotlib.rcParams.update({
         "font.family": ["NanumGothic", "DejaVu Sans"], "axes.unicode_minus": False, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": SOFT,
         "axes.titlelocation": "left", "axes.titlesize": 11, "axes.labelcolor": INK, "text.color": INK, "axes.grid": True, "grid.color": "#eceef1",
-        "axes.axisbelow": True, "legend.frameon": False, "figure.dpi": 90, "savefig.dpi": 90, "font.size": 9})
+        "axes.axisbelow": True, "legend.frameon": False, "figure.dpi": 100, "savefig.dpi": 100, "font.size": 9})
 
 
 set_style()
@@ -57,7 +57,7 @@ def new_figure(
     figure = Picture((width, height), layout="constrained")
     return figure, np.atleast_1d(figure.subplots(rows, columns)).ravel()
 
-# %% ../nbs/00a_viz.ipynb #022e96c4
+# %% ../nbs/00a_viz.ipynb #c59c1c48
 def image_grid(
     images: Sequence[np.ndarray],  # (h, w, 3) or (h, w); uint8, or float in 0 to 1
     titles: Sequence[str] = (),  # one per image
@@ -71,7 +71,7 @@ def image_grid(
     rows = max(1, -(-len(images) // columns))
     ratio = max((im.shape[0] / im.shape[1] for im in images), default=1)
     lines = max((t.count("\n") + 1 for t in titles), default=0)
-    figure, axes = new_figure(columns * side, rows * (side * min(ratio, 1.5) + 0.2 * lines), columns, rows)
+    figure, axes = new_figure(columns * side, rows * (side * min(ratio, 1.5) + 0.13 * lines + 0.06), columns, rows)
     for ax in axes:
         ax.axis("off")
     for i, (ax, image) in enumerate(zip(axes, images)):

@@ -1,0 +1,123 @@
+"Kills, signals and full disks: what is on the disk is whole, and the run goes on."
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from conftest import PROJECT
+from pillsnap.core import PillSnapError, append_event, atomic_path, read_events, read_json, run_state, write_json
+from pillsnap.explore import build_index
+from pillsnap.manifest import make_manifest
+from pillsnap.synthetic import SynthSpec, synthesise
+from pillsnap.train import follow, launch, prepare_run
+
+
+@pytest.fixture
+def run(plan, tree):
+    index = build_index([tree])
+    here = plan("epochs=40")
+    return prepare_run(here, make_manifest(index, here.stage), index)
+
+
+def wait_for_epoch(run, epoch, seconds=90):
+    end = time.time() + seconds
+    while time.time() < end:
+        if any(e["epoch"] >= epoch for e in read_events(run, "epoch")):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no epoch {epoch} after {seconds} s: {(run / 'train.log').read_text()}")
+
+
+def test_sigterm_stops_after_a_step_and_the_run_can_go_on(run):
+    launched = launch(run)
+    wait_for_epoch(run, 1)
+    launched.process.send_signal(signal.SIGTERM)
+    with pytest.raises(PillSnapError, match=f"go on with resume={run}"):
+        follow(launched)
+    assert launched.process.wait() == 128 + signal.SIGTERM and run_state(run) == "stopped"
+    done = read_events(run, "epoch")[-1]["epoch"]
+    again = launch(run)
+    wait_for_epoch(run, done + 1)
+    assert read_events(run, "start")[-1]["from_epoch"] == done
+    again.process.kill()
+    again.process.wait()
+
+
+def test_a_killed_run_is_reported_and_its_checkpoint_is_whole(run):
+    launched = launch(run)
+    wait_for_epoch(run, 2)
+    launched.process.kill()
+    with pytest.raises(PillSnapError, match="status -9"):
+        follow(launched)
+    assert run_state(run) == "unfinished"
+    again = launch(run)
+    wait_for_epoch(run, 3)
+    assert read_events(run, "start")[-1]["from_epoch"] >= 2
+    again.process.kill()
+    again.process.wait()
+
+
+def test_one_run_is_trained_by_one_process(run):
+    first = launch(run)
+    wait_for_epoch(run, 1)
+    second = launch(run)
+    assert second.process.wait(60) == 1 and "another process" in (run / "train.log").read_text()
+    assert first.process.poll() is None
+    first.process.kill()
+    first.process.wait()
+
+
+def test_a_failing_training_says_why(run, tree):
+    record = read_json(run / "run.json")
+    write_json(run / "run.json", record | {"roots": [str(tree / "nowhere")]})
+    with pytest.raises(PillSnapError, match="cannot be read"):
+        follow(launch(run))
+    assert run_state(run) == "failed"
+
+
+def test_pillsnap_run_passes_signals_on(environ, tree, tmp_path):
+    "SIGTERM to the command stops the training cleanly, and the report of what was reached is written."
+    words = ["run", "train", "--data-root", str(tree), "--run", "first", "--overrides", "name=tiny images=80 classes=4 epochs=500 size=32 batch=16 workers=0 tensorboard=false"]
+    process = subprocess.Popen([sys.executable, "-c", "from pillsnap.cli import main; main()", *words], env=os.environ | environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=PROJECT)
+    run = tmp_path / "work/runs/stage_0-tiny/first"
+    wait_for_epoch(run, 2)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 1 and "go on with resume=" in output and run_state(run) == "stopped"
+    assert "stopped by signal 15" in (tmp_path / "reports/stage_0-tiny/04_train.html").read_text("utf-8")
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    write_json(tmp_path / "a.json", {"old": 1})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        with pytest.raises(OSError), atomic_path(tmp_path / "a.json") as part:
+            part.write_bytes(b"x" * 100_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert read_json(tmp_path / "a.json") == {"old": 1} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_killed_synth_leaves_nothing(tmp_path):
+    code = f"from pathlib import Path; from pillsnap.synthetic import *; synthesise(Path({str(tmp_path / 'out')!r}), SynthSpec(drugs=12, views=300, trays=0))"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT)
+    time.sleep(3)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "out").exists()
+    assert synthesise(tmp_path / "out", SynthSpec(drugs=1, views=2, trays=0, width=96))["photos"] == 2
+
+
+def test_events_survive_a_cut_off_line(tmp_path):
+    append_event(tmp_path, "start", pid=1)
+    with open(tmp_path / "events.jsonl", "a") as f:
+        f.write('{"event": "epo')
+    append_event(tmp_path, "end")
+    assert [e["event"] for e in read_events(tmp_path)] == ["start", "end"]
