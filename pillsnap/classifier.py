@@ -34,7 +34,7 @@ def check_tag(tag: str) -> None:
     if weights and tag not in timm.list_pretrained():
         raise PillSnapError(f"model {name!r} has no weights {weights!r}: {suggest(tag, [t for t in timm.list_pretrained() if t.startswith(name + '.')] or ['none at all'])}")
 
-# %% ../nbs/03c_classifier.ipynb #a42acdd0
+# %% ../nbs/03c_classifier.ipynb #7c4865b5
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     "Read a local weights file (safetensors, or a torch file without code); raises PillSnapError if it cannot be read."
     try:
@@ -44,7 +44,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError) as e:
         raise PillSnapError(f"weights {path} cannot be read: {e}") from None
 
-
+# %% ../nbs/03c_classifier.ipynb #479bb141
 def build_classifier(
     stage: Stage,  # model, pretrained, weights
     classes: int,  # drugs in the manifest

@@ -7,7 +7,7 @@ __all__ = ['NOTEBOOKS', 'app', 'StageOption', 'DataOption', 'OverridesOption', '
            'check_request', 'show_progress', 'show_event', 'forward_signals', 'training_pid', 'execute', 'newest_run',
            'publish', 'run_notebook', 'run', 'synth', 'index', 'report', 'main']
 
-# %% ../nbs/10_cli.ipynb #2fc1e323
+# %% ../nbs/10_cli.ipynb #105eb5d4
 import ast
 import os
 import signal
@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .core import (PillSnapError, Parameters, Settings, Stage, data_roots, find_run, get_stage, list_runs, load_settings, read_events, read_json, read_metrics,
+from .core import (PillSnapError, Settings, Stage, data_roots, get_stage, list_runs, load_settings, open_roots, read_events, read_json, read_metrics,
                            stale_modules, suggest, tail_events, write_json)
 
 # %% ../nbs/10_cli.ipynb #074855b9
@@ -57,7 +57,7 @@ def check_request(notebook: Path, given: dict[str, Any], settings: Settings) -> 
         raise PillSnapError(f"edited but not exported: {', '.join(stale)}; run nbdev_export")
     return stage
 
-# %% ../nbs/10_cli.ipynb #9636c75c
+# %% ../nbs/10_cli.ipynb #9586b788
 def show_progress(run: Path, done: threading.Event) -> None:
     "Show a run's events until `done` is set."
     from rich.console import Console
@@ -86,7 +86,7 @@ def show_event(event: dict[str, Any], bar: Any, task: Any, total: int | None) ->
     elif event["event"] == "epoch":
         bar.update(task, completed=event["epoch"])
         bar.console.print(f"epoch {event['epoch']:3}/{total}  train_loss {event['train_loss']:.3f}  val_top1 {event['val_top1']:.3f}  val_macro_f1 {event['val_macro_f1']:.3f}  "
-                          f"{event['images_per_s']:.0f} images/s{'  best' if event['best'] else ''}", highlight=False)
+                          f"{event['images_per_s']:.0f} images/s{'  best' if event['best'] else ''}", highlight=False, soft_wrap=True)
     elif event["event"] in ("skipped", "failed", "stopped"):
         bar.console.print(f"{event['event']}: {event.get('file') or event.get('error') or event.get('message')}", highlight=False, style="red")
     return total
@@ -114,13 +114,11 @@ def training_pid(run: Path) -> int | None:
     events = [e for e in read_events(run) if e["event"] in ("start", "end", "stopped", "failed")]
     return events[-1]["pid"] if events and events[-1]["event"] == "start" and Path(f"/proc/{events[-1]['pid']}").exists() else None
 
-# %% ../nbs/10_cli.ipynb #d79b5329
+# %% ../nbs/10_cli.ipynb #4d07361d
 def execute(notebook: Path, out: Path, parameters: dict[str, Any], run: Path | None, project: Path) -> str:  # "" or the error's text
     "Execute a notebook with papermill, showing the progress of a training."
     import papermill
-    from traitlets.config import Config
 
-    local = Config(KernelManager={"transport": "ipc"})  # the kernel listens on no network port
     out.parent.mkdir(parents=True, exist_ok=True)
     done = threading.Event()
     shower = threading.Thread(target=show_progress, args=(run, done), daemon=True) if run else None
@@ -128,7 +126,7 @@ def execute(notebook: Path, out: Path, parameters: dict[str, Any], run: Path | N
         shower.start()
     try:
         with forward_signals(lambda: training_pid(run) if run else None):
-            papermill.execute_notebook(str(notebook), str(out), parameters, progress_bar=False, cwd=str(project), kernel_name="python3", config=local, extra_arguments=["--IPKernelApp.log_level=50"])
+            papermill.execute_notebook(str(notebook), str(out), parameters, progress_bar=False, cwd=str(project), kernel_name="python3", extra_arguments=["--IPKernelApp.log_level=50"])
         return ""
     except papermill.exceptions.PapermillExecutionError as e:
         return f"{e.ename}: {e.evalue}"
@@ -223,7 +221,7 @@ def synth(
         drawn = synthesise(out, SynthSpec(drugs, views, trays, seed, width), on_progress=lambda photos: bar.advance(task, photos))
     print(f"{drawn['photos']} photos in {out} ({drawn['photos_per_s']} a second)")
 
-# %% ../nbs/10_cli.ipynb #29efeaca
+# %% ../nbs/10_cli.ipynb #dae843cb
 @app.command()
 def index(
     data_root: Annotated[str, typer.Argument(help="Folder(s) with the data; default PILLSNAP_DATA_ROOT.")] = "",
@@ -235,7 +233,7 @@ def index(
     from pillsnap.explore import count_kinds, count_problems, ensure_index, summarise
 
     settings = load_settings()
-    roots = data_roots(get_stage(0, "name=index"), data_root or settings.data_root, settings)
+    roots = open_roots(data_root or settings.data_root)
     if not roots:
         raise PillSnapError("no data root: give a folder, or set PILLSNAP_DATA_ROOT in .env")
     found = ensure_index(roots, settings)

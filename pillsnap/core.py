@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['V2_S', 'V2_L', 'GPU', 'STAGES', 'PillSnapError', 'suggest', 'number', 'choice', 'Stage', 'stage_table', 'field_table',
-           'parse_overrides', 'parse_gates', 'get_stage', 'find_project', 'Settings', 'load_settings', 'data_roots',
-           'atomic_path', 'write_json', 'read_json', 'content_hash', 'lock', 'new_run', 'git_state',
+           'parse_overrides', 'parse_gates', 'get_stage', 'find_project', 'Settings', 'load_settings', 'open_roots',
+           'data_roots', 'atomic_path', 'write_json', 'read_json', 'content_hash', 'lock', 'new_run', 'git_state',
            'installed_versions', 'describe_run', 'append_event', 'parse_event', 'read_events', 'tail_events',
            'run_state', 'list_runs', 'find_run', 'write_metrics', 'read_metrics', 'injected_names', 'exported_source',
            'stale_modules', 'Parameters', 'read_parameters', 'pick_device']
 
-# %% ../nbs/00_core.ipynb #6a87226a
+# %% ../nbs/00_core.ipynb #0f653051
 import ast
 import difflib
 import hashlib
@@ -22,18 +22,20 @@ import secrets
 import shlex
 import socket
 import subprocess
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from filelock import FileLock
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # %% ../nbs/00_core.ipynb #4f515b9f
 class PillSnapError(Exception):
@@ -117,12 +119,12 @@ class Stage:
         "Name of the stage's outputs: `stage_3`, or `stage_0-pushin` for other data."
         return f"stage_{self.stage}" + (f"-{self.name}" if self.name else "")
 
-# %% ../nbs/00_core.ipynb #fb4b5a97
+# %% ../nbs/00_core.ipynb #4ab1fb2d
 V2_S, V2_L = "tf_efficientnetv2_s.in21k_ft_in1k", "tf_efficientnetv2_l.in21k_ft_in1k"
 GPU = Stage(pretrained=True, workers=8, lr=5e-4, weight_decay=0.05, batch=64, label_smoothing=0.1, detector="yolo11m", detector_size=640)
 
 STAGES = {row.stage: row for row in (
-    Stage("0", images=700, classes=12, tray_share=0.17, epochs=28, hours=0.05,
+    Stage("0", images=700, classes=12, tray_share=0.17, epochs=40, hours=0.05,
           gates=dict(test_top1=0.95, det_map50=0.90, tray_exact=0.80)),
     replace(GPU, stage="1", images=5_000, classes=50, model=V2_S, size=224, epochs=20, hours=2,
             gates=dict(test_top1=0.40, det_map50=0.30)),
@@ -231,7 +233,18 @@ def load_settings(
     folders = {k: project / mine.get(k, default) for k, default in (("work", "work"), ("reports", "reports"), ("manifests", "data_manifests"))}
     return Settings(project=project, data_root=mine.get("data_root", ""), device=mine.get("device", "auto"), **folders)
 
-# %% ../nbs/00_core.ipynb #98351e08
+# %% ../nbs/00_core.ipynb #cf105534
+def open_roots(
+    text: str,  # folders, separated as PATH is
+) -> list[Path]:  # absolute
+    "Split a list of data folders; raises PillSnapError for one that is not there."
+    roots = [Path(part).expanduser().resolve() for part in text.split(os.pathsep) if part]
+    for root in roots:
+        if not root.is_dir():
+            raise PillSnapError(f"data root {root} is not a folder")
+    return roots
+
+# %% ../nbs/00_core.ipynb #f863bd44
 def data_roots(
     stage: Stage,  # the resolved stage
     data_root: str,  # the notebook's parameter, "" for the default
@@ -243,11 +256,7 @@ def data_roots(
     text = data_root or ("" if stage.stage == "0" else settings.data_root)
     if not text and stage.stage != "0":
         raise PillSnapError(f"stage {stage.stage} needs data: set PILLSNAP_DATA_ROOT in .env, or give data_root (--data-root FOLDER)")
-    roots = [Path(part).expanduser().resolve() for part in text.split(os.pathsep) if part]
-    for root in roots:
-        if not root.is_dir():
-            raise PillSnapError(f"data root {root} is not a folder")
-    return roots
+    return open_roots(text)
 
 # %% ../nbs/00_core.ipynb #d0e06c06
 @contextmanager
@@ -334,18 +343,18 @@ def installed_versions(packages: Iterable[str] = ("pillsnap", "torch", "timm", "
             continue
     return found
 
-# %% ../nbs/00_core.ipynb #7dbe5746
+# %% ../nbs/00_core.ipynb #d82c7273
 def describe_run(
     stage: Stage,
     settings: Settings,
-    **more: Any,  # parameters, manifest hash, device …
+    **more: Any,  # command, parameters, manifest hash, device …
 ) -> dict[str, Any]:  # what run.json holds
     "Collect everything needed to say later how a run came about."
     return {
-        "stage": asdict(stage), "key": stage.key, "seed": stage.seed, **more,
+        "stage": asdict(stage), "key": stage.key, "seed": stage.seed,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"), "host": socket.gethostname(), "platform": platform.platform(),
-        "versions": installed_versions(), "git": git_state(settings.project), "command": shlex.join(sys.argv),
-    }
+        "versions": installed_versions(), "git": git_state(settings.project),
+    } | more
 
 # %% ../nbs/00_core.ipynb #11dc458b
 def append_event(

@@ -8,7 +8,7 @@ __all__ = ['RUNGS', 'interval', 'calibration_bins', 'expected_calibration_error'
            'show_calibration', 'slice_table', 'confused_pairs', 'confusion_counts', 'plot_confusions', 'show_mistakes',
            'check_gates', 'background_metrics', 'Evaluation', 'evaluate_run', 'tidy', 'gate_table', 'metric_table']
 
-# %% ../nbs/05_evaluate.ipynb #7641fe73
+# %% ../nbs/05_evaluate.ipynb #5ac876a9
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +21,11 @@ from sklearn.metrics import auc, average_precision_score, precision_recall_curve
 
 from .aihub import read_photo
 from .classifier import load_classifier, predict, score, softmax
-from .core import Parameters, PillSnapError, Stage, append_event, pick_device, read_events, read_json, read_metrics, read_parameters, write_metrics
+from .core import Parameters, PillSnapError, Stage, append_event, pick_device, read_events, read_json, read_metrics, write_metrics
 from .data import PillDataset, batches
 from .manifest import Manifest, load_manifest
 from .preprocess import Preprocess, cover_pill
-from .train import classifier_pills, ensure_run
+from .train import classifier_pills
 from .viz import SPLIT_COLOURS, image_grid, plot_bars, plot_confusion, plot_lines, plot_reliability
 
 # %% ../nbs/05_evaluate.ipynb #997fc248
@@ -191,7 +191,7 @@ def show_calibration(p: Predictions) -> Figure:
     over = (bins.confidence * bins.n).sum() / bins.n.sum() - p.scores["top1"]
     return plot_reliability(bins, f"ECE {expected_calibration_error(bins):.3f}: {'too sure' if over > 0.01 else 'not sure enough' if over < -0.01 else 'about right'}")
 
-# %% ../nbs/05_evaluate.ipynb #1001a09a
+# %% ../nbs/05_evaluate.ipynb #d5762f85
 def slice_table(p: Predictions) -> pd.DataFrame:  # index (field, value): top1, low, high, pills
     "Score the test pills by every capture field that varies."
     rows = {}
@@ -207,7 +207,8 @@ def confused_pairs(p: Predictions, classes: list[str], pairs: int = 10) -> pd.Da
     "List the drugs most often taken for another."
     wrong = p.pills[~p.pills.right].assign(predicted=lambda t: [classes[i] for i in t.pred])
     table = wrong.groupby(["k_code", "predicted"]).size().rename("count").reset_index().rename(columns={"k_code": "true"})
-    table["share"] = table["count"] / table.true.map(p.pills.k_code.value_counts())
+    pills = p.pills.k_code.value_counts()
+    table["share"] = [row["count"] / pills[row.true] for _, row in table.iterrows()]
     return table.sort_values(["count", "share"], ascending=False).head(pairs).reset_index(drop=True)
 
 # %% ../nbs/05_evaluate.ipynb #e4ef12ac

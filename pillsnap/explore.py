@@ -7,7 +7,7 @@ __all__ = ['TABLES', 'INDEX_FORMAT', 'Index', 'build_index', 'hash_tables', 'sav
            'count_kinds', 'count_problems', 'count_drugs', 'summarise', 'plot_conditions', 'plot_tail', 'plot_sizes',
            'show_drugs', 'show_photos']
 
-# %% ../nbs/01_explore.ipynb #61e589a2
+# %% ../nbs/01_explore.ipynb #2f33e819
 import os
 import shutil
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from .aihub import REMEDIES, Tables, join_tables, read_photo, read_root, walk_files
-from .core import PillSnapError, Parameters, Settings, content_hash, lock, read_json, read_parameters, write_json
+from .core import Settings, content_hash, lock, read_json, write_json
 from .synthetic import ensure_synthetic
 from .viz import image_grid, new_figure, plot_bars, plot_histograms
 

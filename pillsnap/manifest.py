@@ -10,7 +10,7 @@ __all__ = ['HELD_LIGHT', 'HELD_LONGITUDES', 'GUARDS', 'FRAME_SHARE', 'MIX', 'PIL
            'save_manifest', 'load_manifest', 'ensure_manifest', 'plot_condition_split', 'plot_drug_split',
            'count_splits', 'summarise_manifest']
 
-# %% ../nbs/02_manifest.ipynb #59a94b09
+# %% ../nbs/02_manifest.ipynb #a69752a2
 import hashlib
 import io
 import os
@@ -22,9 +22,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .core import STAGES, Parameters, PillSnapError, Stage, content_hash, get_stage, lock, read_json, read_parameters, write_json
-from .explore import Index, ensure_index
-from .viz import SPLIT_COLOURS, image_grid, plot_splits, plot_stacked
+from .core import STAGES, Parameters, PillSnapError, Stage, content_hash, lock, read_json, write_json
+from .explore import Index
+from .viz import plot_splits, plot_stacked
 
 # %% ../nbs/02_manifest.ipynb #97bf7a6f
 HELD_LIGHT = 1
@@ -256,7 +256,7 @@ def csv_bytes(pills: pd.DataFrame) -> bytes:
     "Give the bytes of pills.csv."
     return pills.to_csv(index=False, lineterminator="\n").encode()
 
-# %% ../nbs/02_manifest.ipynb #98fe2137
+# %% ../nbs/02_manifest.ipynb #0d921a03
 SAMPLED = ("stage", "name", "base", "images", "classes", "tray_share", "allow_short", "split", "train_session", "fold")  # the fields a sample depends on
 
 
@@ -274,13 +274,14 @@ def make_manifest(
     sample, classes, left_out = sample_stage(images, index.tables.pills, stage)
     pills = tabulate_pills(sample, index.tables.pills, classes)
     counts = sample.groupby(["kind", "split"]).size().unstack(fill_value=0)
+    inputs = sampling_inputs(index, stage)
     report = {
-        "hash": content_hash(csv_bytes(pills), classes), "inputs": sampling_inputs(index, stage), "images": len(sample), "classes": len(classes), "pills": len(pills),
+        "hash": content_hash(csv_bytes(pills), classes, inputs), "inputs": inputs, "images": len(sample), "classes": len(classes), "pills": len(pills),
         "short": len(sample) < stage.images or len(classes) < stage.classes, "photos": {k: {s: int(n) for s, n in row.items()} for k, row in counts.iterrows()},
         "left_out": left_out, "proof": prove_no_leak(sample, index.roots)}
     return Manifest(pills, classes, report)
 
-# %% ../nbs/02_manifest.ipynb #b1e30e50
+# %% ../nbs/02_manifest.ipynb #50023d4b
 def save_manifest(manifest: Manifest, folder: Path) -> None:
     "Write pills.csv, classes.json and report.json, whole or not at all; an older manifest is replaced."
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
@@ -299,8 +300,8 @@ def load_manifest(folder: Path) -> Manifest:
     "Read a manifest; raises PillSnapError if its files are not the ones that were written."
     report, classes = read_json(folder / "report.json"), read_json(folder / "classes.json")
     data = (folder / "pills.csv").read_bytes()
-    if content_hash(data, classes) != report["hash"]:
-        raise PillSnapError(f"{folder}: pills.csv or classes.json was changed since it was written (hash is not {report['hash']}); make it again with `pillsnap run manifest`")
+    if content_hash(data, classes, report["inputs"]) != report["hash"]:
+        raise PillSnapError(f"{folder}: its files were changed since they were written (the hash is not {report['hash']}); make it again with `pillsnap run manifest`")
     text = dict.fromkeys(("image", "kind", "source", "part", "k_code", "split", "group", "photo"), "str")
     return Manifest(pd.read_csv(io.BytesIO(data), dtype=text, keep_default_na=False), classes, report)
 

@@ -6,7 +6,7 @@
 __all__ = ['STATIC', 'FOOTER', 'report_cells', 'find_error', 'describe_notebook', 'badge', 'gate_badges', 'error_box',
            'fill_page', 'render_report', 'index_row', 'write_index']
 
-# %% ../nbs/00e_report.ipynb #c63b929e
+# %% ../nbs/00e_report.ipynb #096833f2
 import html
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import nbformat
 from nbconvert import HTMLExporter
 
-from .core import atomic_path, read_json, write_json
+from .core import atomic_path, read_json
 
 # %% ../nbs/00e_report.ipynb #0fbef541
 def report_cells(nb: Any) -> list[Any]:  # the cells after `## Run`, outputs only
@@ -39,14 +39,15 @@ def find_error(nb: Any) -> dict[str, str] | None:  # name, value, trace of the f
     plain = re.compile(r"\x1b\[[0-9;]*m")
     return {"name": errors[0].ename, "value": plain.sub("", errors[0].evalue), "trace": plain.sub("", "\n".join(errors[0].traceback))} if errors else None
 
-# %% ../nbs/00e_report.ipynb #9ad274c5
+# %% ../nbs/00e_report.ipynb #4187e8e9
 def describe_notebook(nb: Any) -> dict[str, Any]:  # title, subtitle, error, parameters, seconds, started
     "Say what was executed and how it ended, from papermill's own record."
     papermill, text = nb.metadata.get("papermill", {}), nb.cells[0].source.splitlines()
-    return {"title": text[0].lstrip("# "), "subtitle": next((x.lstrip("> ") for x in text[1:] if x.startswith(">")), ""), "error": find_error(nb),
+    subtitle = next((re.sub(r"[`*]", "", x.lstrip("> ")) for x in text[1:] if x.startswith(">")), "")
+    return {"title": text[0].lstrip("# "), "subtitle": subtitle, "error": find_error(nb),
             "parameters": papermill.get("parameters", {}), "seconds": papermill.get("duration"), "started": str(papermill.get("start_time", ""))[:16].replace("T", " ")}
 
-# %% ../nbs/00e_report.ipynb #664b2e43
+# %% ../nbs/00e_report.ipynb #04aec52b
 STATIC = Path(__file__).parent / "static" if "__file__" in globals() else Path.cwd().parent / "pillsnap/static"
 
 
@@ -61,7 +62,8 @@ def gate_badges(metrics: dict[str, Any]) -> str:
     def text(gate: dict) -> str:
         sign = "≤" if gate["name"] == "train_hours" else "≥"
         return f"{gate['name']} {'not measured' if gate['value'] is None else format(gate['value'], '.3f')} ({sign} {gate['target']})"
-    return " ".join(badge(text(g), kinds[g["passed"]]) for g in metrics.get("gates", []))
+    short = badge("fewer photos or drugs than asked for", "failed") if metrics.get("short") else ""
+    return short + " ".join(badge(text(g), kinds[g["passed"]]) for g in metrics.get("gates", []))
 
 
 def error_box(error: dict[str, str] | None) -> str:

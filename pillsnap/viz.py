@@ -6,9 +6,10 @@
 __all__ = ['SPLIT_COLOURS', 'INK', 'SOFT', 'BAD', 'set_style', 'Picture', 'new_figure', 'image_grid', 'plot_curves', 'plot_bars',
            'plot_histograms', 'plot_confusion', 'plot_reliability', 'plot_lines', 'plot_splits', 'plot_stacked']
 
-# %% ../nbs/00a_viz.ipynb #9b136985
+# %% ../nbs/00a_viz.ipynb #60916427
 import io
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import matplotlib
@@ -18,16 +19,15 @@ from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-# %% ../nbs/00a_viz.ipynb #b43f5ccb
+# %% ../nbs/00a_viz.ipynb #df5d3e7c
 SPLIT_COLOURS = {"train": "#3b6fb6", "val": "#e0982f", "test": "#2f9e76", "frame": "#b0619e", "unused": "#c9ccd1"}
 INK, SOFT, BAD = "#22262b", "#8a919a", "#c8453b"
 
 
 def set_style() -> None:
     "Set fonts and lines; Hangul comes from the Nanum font of a package."
-    import koreanize_matplotlib
-
-    for path in sorted((Path(koreanize_matplotlib.__file__).parent / "fonts").glob("NanumGothic*.ttf")):
+    package = find_spec("koreanize_matplotlib").submodule_search_locations[0]
+    for path in sorted((Path(package) / "fonts").glob("NanumGothic*.ttf")):
         font_manager.fontManager.addfont(str(path))
     matplotlib.rcParams.update({
         "font.family": ["NanumGothic", "DejaVu Sans"], "axes.unicode_minus": False, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": SOFT,

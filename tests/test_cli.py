@@ -1,8 +1,8 @@
 "What a person meets at the command line: refusals, exit statuses, reports of failed notebooks, the base install."
 import json
+import re
 import subprocess
 import sys
-from pathlib import Path
 
 import nbformat
 import pytest
@@ -107,7 +107,7 @@ def test_notebooks_define_nothing_after_run():
     "A stage notebook's second half is thin: one parameters cell, a dozen cells, each calling what the first half exports."
     for path in sorted((PROJECT / "nbs").glob("[0-9]*.ipynb")):
         cells = json.loads(path.read_text("utf-8"))["cells"]
-        run = [i for i, c in enumerate(cells) if c["cell_type"] == "markdown" and "".join(c["source"]).startswith("## Run")]
+        run = [i for i, c in enumerate(cells) if c["cell_type"] == "markdown" and re.match(r"## Run\b", "".join(c["source"]))]
         tagged = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
         assert len(tagged) == len(run), path.name
         late = [c for i in run for c in cells[i:] if c["cell_type"] == "code"]

@@ -17,7 +17,7 @@ from PIL import Image
 
 from pillsnap.aihub import read_aihub, read_photo, read_root
 from pillsnap.classifier import build_classifier, load_classifier, save_classifier
-from pillsnap.core import PillSnapError, STAGES, get_stage, read_events, read_json
+from pillsnap.core import PillSnapError, STAGES, get_stage, read_events
 from pillsnap.data import PillDataset, make_augmentation
 from pillsnap.drugs import registry_row, split_edi
 from pillsnap.evaluate import open_run
@@ -168,6 +168,7 @@ class TestPixels:
             picture[y - 9 : y + 9, x - 9 : x + 9, channel] = 255
         augment = make_augmentation(strength)
 
+        @np.errstate(invalid="ignore")
         def turn(im):  # sign of the area of red, green, blue
             weights = [np.clip(im[..., c].astype(float) - im.astype(float).mean(-1) - 30, 0, None) for c in range(3)]
             (ax, ay), (bx, by), (cx, cy) = [((w * np.arange(96)[None]).sum() / w.sum(), (w * np.arange(96)[:, None]).sum() / w.sum()) for w in weights]
@@ -178,7 +179,8 @@ class TestPixels:
             augment.set_random_seed(seed)
             seen.append(turn(augment(image=picture)["image"]))
         assert turn(picture[:, ::-1]) == -turn(picture)
-        assert set(seen) == {turn(picture)}
+        whole = [x for x in seen if not np.isnan(x)]  # a dot can fall into one of the holes
+        assert len(whole) > 80 and set(whole) == {turn(picture)}
 
     def test_the_box_is_used_and_the_aspect_kept(self, tree):
         "A whole frame squashed to a square makes every oblong pill shorter."
