@@ -191,13 +191,14 @@ def show_calibration(p: Predictions) -> Figure:
     over = (bins.confidence * bins.n).sum() / bins.n.sum() - p.scores["top1"]
     return plot_reliability(bins, f"ECE {expected_calibration_error(bins):.3f}: {'too sure' if over > 0.01 else 'not sure enough' if over < -0.01 else 'about right'}")
 
-# %% ../nbs/05_evaluate.ipynb #d5762f85
+# %% ../nbs/05_evaluate.ipynb #80343d6a
 def slice_table(p: Predictions) -> pd.DataFrame:  # index (field, value): top1, low, high, pills
-    "Score the test pills by every capture field that varies."
-    rows = {}
-    for field in ("back", "side", "light", "latitude", "longitude", "kind", "source"):
-        if p.pills[field].nunique() > 1:
-            for value, part in p.pills.groupby(field):
+    "Score the test pills by every capture field that varies, and by the size of the box in thirds."
+    longer = p.pills[["w", "h"]].max(axis=1)
+    pills, rows = p.pills.assign(box_px=pd.qcut(longer, 3, duplicates="drop", precision=0).astype(str)), {}
+    for field in ("back", "side", "light", "latitude", "longitude", "kind", "source", "box_px"):
+        if pills[field].nunique() > 1:
+            for value, part in pills.groupby(field):
                 low, high = interval(part.right.to_numpy(float), p.clusters[part.index])
                 rows[field, value] = {"top1": part.right.mean(), "low": low, "high": high, "pills": len(part)}
     return pd.DataFrame(rows, index=["top1", "low", "high", "pills"]).T.astype({"pills": int})
