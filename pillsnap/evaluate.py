@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['RUNGS', 'interval', 'calibration_bins', 'expected_calibration_error', 'Predictions', 'CoveredPills', 'Evaluated',
-           'open_run', 'rung_of', 'climb', 'ladder_table', 'plot_ladder', 'f1_by_drug', 'test_metrics', 'plot_ranking',
-           'show_calibration', 'slice_table', 'confused_pairs', 'confusion_counts', 'plot_confusions', 'show_mistakes',
-           'check_gates', 'background_metrics', 'Evaluation', 'evaluate_run', 'tidy', 'gate_table', 'metric_table']
+           'open_run', 'rung_of', 'climb', 'only_drugs', 'add_same_drugs', 'ladder_table', 'plot_ladder', 'f1_by_drug',
+           'test_metrics', 'plot_ranking', 'show_calibration', 'slice_table', 'confused_pairs', 'confusion_counts',
+           'plot_confusions', 'show_mistakes', 'check_gates', 'background_metrics', 'Evaluation', 'evaluate_run',
+           'tidy', 'gate_table', 'metric_table']
 
 # %% ../nbs/05_evaluate.ipynb #5ac876a9
 from collections.abc import Sequence
@@ -123,7 +124,7 @@ def rung_of(name: str, stage: Stage) -> tuple[str, str, tuple[str, ...]]:  # sho
     split, kinds, _ = RUNGS[name]
     return ("other session" if name == "unseen photo" and stage.split == "session" else name), split, kinds
 
-# %% ../nbs/05_evaluate.ipynb #606bb7ff
+# %% ../nbs/05_evaluate.ipynb #dc9a7463
 def climb(evaluated: Evaluated) -> dict[str, Predictions]:  # rung → predictions, only those the data has
     "Predict every rung; the reading of the test split is counted in the run."
     append_event(evaluated.run, "test_read", manifest_hash=evaluated.manifest.hash)
@@ -133,7 +134,23 @@ def climb(evaluated: Evaluated) -> dict[str, Predictions]:  # rung → predictio
         found = evaluated.predict(classifier_pills(evaluated.manifest, split, kinds))
         if found is not None:
             rungs[shown] = found
-    return rungs
+    return add_same_drugs(rungs)
+
+
+def only_drugs(p: Predictions, drugs: set[str]) -> Predictions:
+    "Keep the predictions for some drugs."
+    keep = p.pills.k_code.isin(drugs).to_numpy()
+    pills, probabilities = p.pills[keep].reset_index(drop=True), p.probabilities[keep]
+    return Predictions(pills, probabilities, score(np.log(np.clip(probabilities, 1e-12, None)), pills.label.to_numpy()), p.skipped)
+
+
+def add_same_drugs(rungs: dict[str, Predictions]) -> dict[str, Predictions]:
+    "Where the first test rung has fewer drugs than the random frames, add the frames of just those drugs: the fair comparison."
+    frame, test = rungs.get("random frame"), next((p for name, p in rungs.items() if name != "random frame"), None)
+    shared = set(test.pills.k_code) & set(frame.pills.k_code) if frame and test else set()
+    if not shared or shared == set(frame.pills.k_code):
+        return rungs
+    return {"random frame": frame, "random frame, same drugs": only_drugs(frame, shared)} | {name: p for name, p in rungs.items() if name != "random frame"}
 
 
 def ladder_table(rungs: dict[str, Predictions]) -> pd.DataFrame:  # index: rung
@@ -145,10 +162,10 @@ def ladder_table(rungs: dict[str, Predictions]) -> pd.DataFrame:  # index: rung
                       "drugs": p.pills.k_code.nunique(), "clusters": p.clusters.nunique()}
     return pd.DataFrame(rows).T.astype(dict.fromkeys(("pills", "drugs", "clusters"), int))
 
-# %% ../nbs/05_evaluate.ipynb #db4ad1f6
+# %% ../nbs/05_evaluate.ipynb #00818f2e
 def plot_ladder(table: pd.DataFrame) -> Figure:
     "Draw the ladder; the leaky rung has the colour of its split."
-    colours = [SPLIT_COLOURS["frame" if name == "random frame" else "test"] for name in table.index]
+    colours = [SPLIT_COLOURS["frame" if name.startswith("random frame") else "test"] for name in table.index]
     head = table.index[-1]
     title = f"{head}: top-1 {table.top1[head]:.3f} (95 % {table.low[head]:.3f} to {table.high[head]:.3f})"
     return plot_bars(table.top1, title, "top-1", table.low, table.high, colours, limit=1.02)
@@ -245,7 +262,7 @@ def check_gates(stage: Stage, metrics: dict[str, Any]) -> list[dict[str, Any]]: 
     rows = [(name, metrics.get(name), target, 1) for name, target in stage.gates.items()] + [("train_hours", metrics.get("train_hours"), stage.hours, -1)]
     return [{"name": name, "value": value, "target": target, "passed": None if value is None else bool(sign * value >= sign * target)} for name, value, target, sign in rows]
 
-# %% ../nbs/05_evaluate.ipynb #6fdea895
+# %% ../nbs/05_evaluate.ipynb #33da466c
 def background_metrics(evaluated: Evaluated, p: Predictions) -> dict[str, float]:
     "Ask the model with every pill covered; near chance is right, above it the background gives drugs away."
     covered = evaluated.predict(p.pills[classifier_pills(evaluated.manifest, "test").columns], CoveredPills)
@@ -263,20 +280,22 @@ class Evaluation:
     @property
     def test(self) -> Predictions:
         "The predictions behind the `test_` keys: the first rung above random frames."
-        return next(p for name, p in self.rungs.items() if name != "random frame")
+        return next(p for name, p in self.rungs.items() if not name.startswith("random frame"))
 
-# %% ../nbs/05_evaluate.ipynb #7ae4be41
+# %% ../nbs/05_evaluate.ipynb #0e74fa0f
 def evaluate_run(run: Path, plan: Parameters) -> Evaluation:
     "Measure a run once, and write its part of the metrics; raises PillSnapError if there is no test pill."
     evaluated = open_run(run, plan)
     rungs = climb(evaluated)
-    if not set(rungs) - {"random frame"}:
+    if all(name.startswith("random frame") for name in rungs):
         raise PillSnapError(f"manifest {evaluated.manifest.hash} has no test pill of a known drug")
     partial = Evaluation(evaluated, rungs, {})
     ladder = ladder_table(rungs)
     metrics = test_metrics(partial.test) | background_metrics(evaluated, partial.test) | {"test_readings": len(read_events(run, "test_read"))}
     if "random frame" in rungs:
         metrics |= {"frame_top1": ladder.top1["random frame"], "frame_top1_interval": [ladder.low["random frame"], ladder.high["random frame"]]}
+    if "random frame, same drugs" in rungs:
+        metrics["frame_same_drugs_top1"] = ladder.top1["random frame, same drugs"]
     if (evaluated.manifest.pills.kind == "combination").any() and "other session" in rungs:
         metrics |= {"tray_pill_top1": ladder.top1["other session"], "tray_pill_top1_interval": [ladder.low["other session"], ladder.high["other session"]]}
     metrics["headline"] = {"rung": ladder.index[-1], "top1": ladder.top1.iloc[-1]}
@@ -295,7 +314,7 @@ def tidy(value: Any) -> Any:
         return None if np.isnan(value) else round(float(value), 5)
     return int(value) if isinstance(value, np.integer) else value
 
-# %% ../nbs/05_evaluate.ipynb #c6b0557f
+# %% ../nbs/05_evaluate.ipynb #030f07d0
 def gate_table(metrics: dict[str, Any]) -> pd.DataFrame:
     "Show the gates."
     words = {True: "passed", False: "FAILED", None: "not measured"}
@@ -304,7 +323,7 @@ def gate_table(metrics: dict[str, Any]) -> pd.DataFrame:
 
 def metric_table(metrics: dict[str, Any]) -> pd.DataFrame:
     "Show the test metrics with their intervals."
-    names = ["test_top1", "test_top5", "test_macro_f1", "tray_pill_top1", "frame_top1", "test_ece", "test_roc_auc", "background_only_top1", "chance_top1", "test_pills", "test_readings"]
+    names = ["test_top1", "test_top5", "test_macro_f1", "tray_pill_top1", "frame_top1", "frame_same_drugs_top1", "test_ece", "test_roc_auc", "background_only_top1", "chance_top1", "test_pills", "test_readings"]
     spans = {n: metrics.get(n.removesuffix("_top1") + "_interval" if n.startswith("background") else f"{n}_interval") for n in names}
     rows = {n: {"value": metrics[n], "95 % interval": f"{s[0]:.3f} to {s[1]:.3f}" if (s := spans[n]) and s[0] is not None else ""} for n in names if n in metrics}
     return pd.DataFrame(rows).T
