@@ -81,7 +81,7 @@ def fill_page(title: str, heading: str, meta: str, badges: str, error: str, body
 
 FOOTER = "PillSnap is a research tool, not a medical device. A number on this page was measured in this run; what was not measured says so."
 
-# %% ../nbs/00e_report.ipynb #ef9470c7
+# %% ../nbs/00e_report.ipynb #88a14abf
 def render_report(
     notebook: Path,  # an executed notebook
     key: str,  # the stage's name: stage_3, stage_0-pushin
@@ -95,7 +95,8 @@ def render_report(
     done = badge("failed", "failed") if about["error"] else badge("done", "passed")
     given = ", ".join(f"{k}={v}" for k, v in about["parameters"].items() if v not in ("", None))
     took = f"{about['seconds']:.0f} s" if about["seconds"] else ""
-    meta = " · ".join(html.escape(x) for x in (key, about["started"] + " UTC", took, given) if x)
+    of_run = f"run {metrics['run']}, {metrics.get('images')} photos, {metrics.get('classes')} drugs" if metrics and "run" in metrics else ""
+    meta = " · ".join(html.escape(x) for x in (key, of_run, about["started"] + " UTC", took, given) if x)
     page = fill_page(f"{about['title']} – {key}", html.escape(about["title"]), f"{html.escape(about['subtitle'])}<br>{meta}", f"{done} {gate_badges(metrics or {})}",
                      error_box(about["error"]), body, f'<a href="../index.html">all reports</a> · {FOOTER}')
     with atomic_path(notebook.with_suffix(".html")) as part:
