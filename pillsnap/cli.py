@@ -57,7 +57,7 @@ def check_request(notebook: Path, given: dict[str, Any], settings: Settings) -> 
         raise PillSnapError(f"edited but not exported: {', '.join(stale)}; run nbdev_export")
     return stage
 
-# %% ../nbs/10_cli.ipynb #9586b788
+# %% ../nbs/10_cli.ipynb #a5e7db5b
 def show_progress(run: Path, done: threading.Event) -> None:
     "Show a run's events until `done` is set."
     from rich.console import Console
@@ -88,7 +88,7 @@ def show_event(event: dict[str, Any], bar: Any, task: Any, total: int | None) ->
         bar.console.print(f"epoch {event['epoch']:3}/{total}  train_loss {event['train_loss']:.3f}  val_top1 {event['val_top1']:.3f}  val_macro_f1 {event['val_macro_f1']:.3f}  "
                           f"{event['images_per_s']:.0f} images/s{'  best' if event['best'] else ''}", highlight=False, soft_wrap=True)
     elif event["event"] in ("skipped", "failed", "stopped"):
-        bar.console.print(f"{event['event']}: {event.get('file') or event.get('error') or event.get('message')}", highlight=False, style="red")
+        bar.console.print(f"{event['event']}: {event.get('file') or event.get('error') or event.get('message')}", highlight=False, style="red", soft_wrap=True)
     return total
 
 # %% ../nbs/10_cli.ipynb #76cab7f1
@@ -114,7 +114,7 @@ def training_pid(run: Path) -> int | None:
     events = [e for e in read_events(run) if e["event"] in ("start", "end", "stopped", "failed")]
     return events[-1]["pid"] if events and events[-1]["event"] == "start" and Path(f"/proc/{events[-1]['pid']}").exists() else None
 
-# %% ../nbs/10_cli.ipynb #4d07361d
+# %% ../nbs/10_cli.ipynb #e6d1eba7
 def execute(notebook: Path, out: Path, parameters: dict[str, Any], run: Path | None, project: Path) -> str:  # "" or the error's text
     "Execute a notebook with papermill, showing the progress of a training."
     import papermill
@@ -129,7 +129,7 @@ def execute(notebook: Path, out: Path, parameters: dict[str, Any], run: Path | N
             papermill.execute_notebook(str(notebook), str(out), parameters, progress_bar=False, cwd=str(project), kernel_name="python3", extra_arguments=["--IPKernelApp.log_level=50"])
         return ""
     except papermill.exceptions.PapermillExecutionError as e:
-        return f"{e.ename}: {e.evalue}"
+        return e.evalue if e.ename == "PillSnapError" else f"{e.ename}: {e.evalue}"
     finally:
         done.set()
         if shower:
@@ -153,7 +153,7 @@ def publish(out: Path, key: str, settings: Settings, run: Path | None) -> Path:
     write_index(settings.reports)
     return page
 
-# %% ../nbs/10_cli.ipynb #c26d46e1
+# %% ../nbs/10_cli.ipynb #7de25f3d
 def run_notebook(name: str, given: dict[str, Any]) -> int:  # exit status
     "Check, execute, render; the report is written also when the notebook fails."
     settings = load_settings()
@@ -170,7 +170,7 @@ def run_notebook(name: str, given: dict[str, Any]) -> int:  # exit status
     of_run = newest_run(settings, stage.key, run.name if run else str(given.get("run", ""))) if training or notebook.stem == NOTEBOOKS["evaluate"] else None
     print(f"{publish(out, stage.key, settings, of_run)}  ({time.perf_counter() - start:.0f} s)", flush=True)
     if error:
-        print(error, file=sys.stderr)
+        print(f"pillsnap: {error}", file=sys.stderr)
     return 1 if error else 0
 
 # %% ../nbs/10_cli.ipynb #0f05b523

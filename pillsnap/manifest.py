@@ -7,8 +7,8 @@ __all__ = ['HELD_LIGHT', 'HELD_LONGITUDES', 'GUARDS', 'FRAME_SHARE', 'MIX', 'PIL
            'split_singles', 'held_drugs', 'split_trays', 'split_photos', 'assign_splits', 'rank_photos', 'rank_classes',
            'share_out', 'sample_trays', 'choose_classes', 'sample_stage', 'group_leaks', 'pose_leaks', 'byte_leaks',
            'prove_no_leak', 'Manifest', 'tabulate_pills', 'csv_bytes', 'sampling_inputs', 'make_manifest',
-           'save_manifest', 'load_manifest', 'ensure_manifest', 'plot_condition_split', 'plot_drug_split',
-           'count_splits', 'summarise_manifest']
+           'save_manifest', 'load_manifest', 'ensure_manifest', 'changed_inputs', 'plot_condition_split',
+           'plot_drug_split', 'count_splits', 'summarise_manifest']
 
 # %% ../nbs/02_manifest.ipynb #a69752a2
 import hashlib
@@ -305,25 +305,34 @@ def load_manifest(folder: Path) -> Manifest:
     text = dict.fromkeys(("image", "kind", "source", "part", "k_code", "split", "group", "photo"), "str")
     return Manifest(pd.read_csv(io.BytesIO(data), dtype=text, keep_default_na=False), classes, report)
 
-# %% ../nbs/02_manifest.ipynb #5fdc8dec
+# %% ../nbs/02_manifest.ipynb #78d28ddb
 def ensure_manifest(
     plan: Parameters,
     index: Index,
     replace_old: bool = False,  # make it again if its inputs changed
 ) -> Manifest:
     "Return a stage's manifest, making it under a lock if it is not there; raises PillSnapError if it was made from other inputs."
-    folder, inputs = plan.settings.manifests / plan.key, sampling_inputs(index, plan.stage)
+    folder, renew = plan.settings.manifests / plan.key, replace_old or plan.stage.stage == "0"
     with lock(plan.settings, f"manifest-{plan.key}"):
-        if folder.exists():
-            manifest = load_manifest(folder)
-            differ = sorted(k for k in inputs if manifest.report["inputs"].get(k) != inputs[k])
-            if not differ:
-                return manifest
-            if not replace_old and plan.stage.stage != "0":
-                raise PillSnapError(f"{folder} was made with another {', '.join(differ)}: replace it with `pillsnap run manifest --stage {plan.stage.stage}`, or give this data its own name (overrides name=…)")
-        manifest = make_manifest(index, plan.stage)
-        save_manifest(manifest, folder)
-        return manifest
+        try:
+            manifest = load_manifest(folder) if folder.exists() else None
+        except PillSnapError:
+            if not renew:
+                raise
+            manifest = None
+        if manifest and not (differ := changed_inputs(manifest, index, plan.stage)):
+            return manifest
+        if manifest and not renew:
+            raise PillSnapError(f"{folder} was made with another {differ}: replace it with `pillsnap run manifest --stage {plan.stage.stage}`, or give this data its own name (overrides name=…)")
+        made = make_manifest(index, plan.stage)
+        save_manifest(made, folder)
+        return made
+
+
+def changed_inputs(manifest: Manifest, index: Index, stage: Stage) -> str:  # "" if nothing changed
+    "Name the inputs in which a manifest differs from what would be made now."
+    inputs = sampling_inputs(index, stage)
+    return ", ".join(sorted(k for k in inputs if manifest.report["inputs"].get(k) != inputs[k]))
 
 # %% ../nbs/02_manifest.ipynb #70da21ba
 def plot_condition_split(manifest: Manifest) -> Figure:

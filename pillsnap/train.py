@@ -228,7 +228,7 @@ def training_metrics(job: Job) -> dict[str, Any]:
             "val_top1": best["val_top1"], "val_top5": best["val_top5"], "val_macro_f1": best["val_macro_f1"], "train_pills": len(job.train), "skipped_files": len(job.skipped),
             "train_images_per_s": float(np.median([e["images_per_s"] for e in epochs])), "train_hours": round(sum(e["seconds"] for e in epochs) / 3600, 4)}
 
-# %% ../nbs/04_train.ipynb #f90f4ae4
+# %% ../nbs/04_train.ipynb #94167417
 class Stop(Exception):
     "Raised inside the loop once a signal has asked for the end."
     signal: int = 0
@@ -258,8 +258,9 @@ def main(
         append_event(run, "stopped", signal=Stop.signal, message=f"stopped by signal {Stop.signal}; go on with resume={run}")
         return 128 + Stop.signal
     except Exception as e:
-        append_event(run, "failed", error=f"{type(e).__name__}: {e}", trace=traceback.format_exc())
-        print(f"{type(e).__name__}: {e}" if isinstance(e, PillSnapError) else traceback.format_exc(), file=sys.stderr)
+        known = isinstance(e, PillSnapError)
+        append_event(run, "failed", error=str(e) if known else f"{type(e).__name__}: {e}", trace=traceback.format_exc())
+        print(e if known else traceback.format_exc(), file=sys.stderr)
         return 1
 
 # %% ../nbs/04_train.ipynb #7bfc8123

@@ -19,7 +19,7 @@ from pillsnap.train import follow, launch, prepare_run
 @pytest.fixture
 def run(plan, tree):
     index = build_index([tree])
-    here = plan("epochs=40")
+    here = plan("epochs=500")
     return prepare_run(here, make_manifest(index, here.stage), index)
 
 
