@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NAME', 'IMAGE_COLUMNS', 'PILL_COLUMNS', 'PROBLEM_COLUMNS', 'REMEDIES', 'CaptureName', 'parse_name', 'Label',
-           'read_label', 'box_problem', 'Tables', 'make_table', 'FileEntry', 'walk_files', 'read_labels',
-           'check_labels', 'image_row', 'pill_rows', 'capture_names', 'read_aihub', 'read_photo', 'photo_size',
-           'read_yaml_start', 'read_classes', 'yolo_boxes', 'read_yolo_photo', 'read_yolo', 'detect_layout',
-           'read_root', 'join_tables']
+           'read_label', 'box_problem', 'Tables', 'make_table', 'FileEntry', 'walk_files', 'stat_file', 'readable',
+           'read_labels', 'check_labels', 'official_part', 'image_row', 'pill_rows', 'capture_names', 'read_aihub',
+           'read_photo', 'photo_size', 'read_yaml_start', 'read_classes', 'yolo_boxes', 'read_yolo_photo', 'read_yolo',
+           'detect_layout', 'read_root', 'join_tables']
 
 # %% ../nbs/00c_aihub.ipynb #b3091b7f
 import json
@@ -94,7 +94,7 @@ def box_problem(box: tuple[float, float, float, float], width: int, height: int)
         return f"box {box} leaves the {width} x {height} photo"
     return ""
 
-# %% ../nbs/00c_aihub.ipynb #355503aa
+# %% ../nbs/00c_aihub.ipynb #1399b0b5
 IMAGE_COLUMNS = {"root": "int16", "image": "str", "bytes": "int64", "kind": "str", "source": "str", "part": "str", "photo": "str", "codes": "str", "n_codes": "int16",
                  "width": "int32", "height": "int32", "back": "int8", "side": "int8", "light": "int8", "latitude": "int16", "longitude": "int16", "usable": "bool"}
 PILL_COLUMNS = {"root": "int16", "image": "str", "pill": "int16", "k_code": "str", "x": "float64", "y": "float64", "w": "float64", "h": "float64"}
@@ -104,7 +104,7 @@ REMEDIES = {
     "no label": "add its label file, or ignore the photo", "no photo": "add the photo, or remove the label", "label": "replace the label file",
     "box": "correct the bbox in the label", "incomplete tray": "add the missing label files; until then it serves neither training nor scoring of a detector",
     "wrong code": "correct dl_mapping_code or the file name", "double": "none needed: it is counted once", "photo": "replace the damaged photo",
-    "data.yaml": "correct data.yaml; what could be read was used"}
+    "data.yaml": "correct data.yaml; what could be read was used", "unreadable": "mend the link or the permission; nothing under it was read"}
 
 
 @dataclass(frozen=True)
@@ -120,12 +120,12 @@ def make_table(rows: list[Mapping[str, Any]], columns: Mapping[str, str]) -> pd.
     "Make a table with fixed columns and types, also of no rows."
     return pd.DataFrame(rows, columns=list(columns)).astype({k: v for k, v in columns.items() if v != "str"})
 
-# %% ../nbs/00c_aihub.ipynb #1532c26a
+# %% ../nbs/00c_aihub.ipynb #8a433833
 @dataclass(frozen=True, order=True)
 class FileEntry:
     "A file under a root."
     path: str  # relative, with /
-    size: int  # bytes
+    size: int  # bytes; -1 if the file or folder cannot be read
     mtime_ns: int
 
 
@@ -133,16 +133,41 @@ def walk_files(
     root: Path,
     suffixes: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".json", ".txt", ".yaml"),
 ) -> list[FileEntry]:  # sorted by path
-    "List the files under a root."
+    "List the files under a root; a folder reached twice over links is walked once, what cannot be read has size -1."
+    seen: set[tuple[int, int]] = set()
+
     def walk(folder: str, prefix: str) -> Iterator[FileEntry]:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.is_dir():
-                    yield from walk(entry.path, f"{prefix}{entry.name}/")
-                elif entry.name.lower().endswith(suffixes):
-                    stat = entry.stat()
-                    yield FileEntry(prefix + entry.name, stat.st_size, stat.st_mtime_ns)
+        try:
+            stat = os.stat(folder)
+            if (stat.st_dev, stat.st_ino) in seen:
+                return
+            seen.add((stat.st_dev, stat.st_ino))
+            with os.scandir(folder) as entries:
+                found = sorted(entries, key=lambda entry: entry.name)
+        except OSError:
+            yield FileEntry(prefix, -1, 0)
+            return
+        for entry in found:
+            if entry.is_dir():
+                yield from walk(entry.path, f"{prefix}{entry.name}/")
+            elif entry.name.lower().endswith(suffixes):
+                yield stat_file(prefix, entry)
     return sorted(walk(str(root), ""))
+
+
+def stat_file(prefix: str, entry: os.DirEntry) -> FileEntry:
+    "Describe one file; a dangling link has size -1."
+    try:
+        stat = entry.stat()
+        return FileEntry(prefix + entry.name, stat.st_size, stat.st_mtime_ns)
+    except OSError:
+        return FileEntry(prefix + entry.name, -1, 0)
+
+
+def readable(files: list[FileEntry], problems: list[dict]) -> list[FileEntry]:
+    "Leave out what cannot be read and list it."
+    problems += [{"file": f.path, "what": "unreadable", "detail": "a dangling link, or no permission"} for f in files if f.size < 0]
+    return [f for f in files if f.size >= 0]
 
 # %% ../nbs/00c_aihub.ipynb #8cea5e84
 def read_labels(
@@ -185,11 +210,15 @@ def check_labels(name: CaptureName, labels: list[Label], path: str, problems: li
         problems.append({"file": path, "what": "incomplete tray", "detail": f"{len(good)} boxes for {len(name.codes)} codes"})
     return good
 
-# %% ../nbs/00c_aihub.ipynb #fa554661
-def image_row(root: int, entry: FileEntry, name: CaptureName, labels: list[Label], good: int) -> dict[str, Any]:
+# %% ../nbs/00c_aihub.ipynb #ac2e9bf7
+def official_part(path: str) -> str:  # train or val
+    "Say which official part a photo belongs to, from the folders above it."
+    return "val" if re.search(r"(^|/)(val|2\.Validation|V[SL]_\d[^/]*)/", path) else "train"
+
+
+def image_row(root: int, entry: FileEntry, name: CaptureName, labels: list[Label], good: int, part: str) -> dict[str, Any]:
     "Describe one AIHub photo."
     size = (labels[0].width, labels[0].height) if labels else (0, 0)
-    part = "val" if re.search(r"(^|/)(val|2\.Validation)/", entry.path) else "train"
     return {"root": root, "image": entry.path, "bytes": entry.size, "kind": "single" if len(name.codes) == 1 else "combination", "source": "aihub", "part": part,
             "photo": PurePosixPath(entry.path).stem, "codes": " ".join(name.codes), "n_codes": len(name.codes), "width": size[0], "height": size[1], "back": name.back,
             "side": name.side, "light": name.light, "latitude": name.latitude, "longitude": name.longitude, "usable": good == len(name.codes)}
@@ -218,21 +247,22 @@ def capture_names(files: Iterable[FileEntry], problems: list[dict]) -> Iterator[
             except ValueError as e:
                 problems.append({"file": entry.path, "what": "name", "detail": str(e)})
 
-# %% ../nbs/00c_aihub.ipynb #eea40921
+# %% ../nbs/00c_aihub.ipynb #beb04931
 def read_aihub(
     root: Path,
     number: int = 0,  # of the root in the list of data roots
     files: list[FileEntry] | None = None,  # from walk_files, if at hand
 ) -> Tables:
     "Read an AIHub tree (English names, with or without `data/`)."
-    files, problems = files if files is not None else walk_files(root), []
+    problems: list[dict] = []
+    files = readable(files if files is not None else walk_files(root), problems)
     labels = read_labels(root, files, problems)
     images, pills, photos = [], [], set()
     for entry, name in capture_names(files, problems):
         stem = PurePosixPath(entry.path).stem
         found = labels.get(stem, [])
         good = check_labels(name, found, entry.path, problems)
-        images.append(image_row(number, entry, name, found, len(good)))
+        images.append(image_row(number, entry, name, found, len(good), official_part(f"{root.name}/{entry.path}")))
         pills += pill_rows(number, entry.path, [(x.k_code, x.box) for x in good])
         photos.add(stem)
     problems += [{"file": f"{stem}.json", "what": "no photo", "detail": f"{len(found)} labels without their photo"} for stem, found in labels.items() if stem not in photos]
@@ -274,17 +304,17 @@ def read_yaml_start(
             return content, len([x for x in lines[end:] if x.strip()])
     raise ValueError("no readable YAML")
 
-# %% ../nbs/00c_aihub.ipynb #958a41fc
+# %% ../nbs/00c_aihub.ipynb #b47ed689
 def read_classes(root: Path, problems: list[dict]) -> list[str]:
     "Read the class names of a YOLO folder; raises PillSnapError if data.yaml gives none."
     try:
         content, lost = read_yaml_start((root / "data.yaml").read_text("utf-8"))
-        names = content["names"]
-    except (ValueError, KeyError, OSError) as e:
-        raise PillSnapError(f"{root / 'data.yaml'}: no class names ({e!r}); it needs a list `names`") from None
+        names = [str(content["names"][i]) for i in range(len(content["names"]))]
+    except (ValueError, KeyError, TypeError, OSError) as e:
+        raise PillSnapError(f"{root / 'data.yaml'}: no class names ({e!r}); it needs `names`, a list or a map that counts from 0") from None
     if lost:
         problems.append({"file": "data.yaml", "what": "data.yaml", "detail": f"its last {lost} lines are not YAML"})
-    return [str(names[i]) for i in range(len(names))]
+    return names
 
 
 def yolo_boxes(text: str, classes: list[str], width: int, height: int) -> list[tuple[str, tuple[float, float, float, float]]]:
@@ -299,11 +329,12 @@ def yolo_boxes(text: str, classes: list[str], width: int, height: int) -> list[t
         pills.append((classes[int(index)], tuple(round(v, 2) for v in (left, top, right - left, bottom - top))))
     return pills
 
-# %% ../nbs/00c_aihub.ipynb #a7db58fe
+# %% ../nbs/00c_aihub.ipynb #661f30bb
 def read_yolo_photo(root: Path, number: int, entry: FileEntry, classes: list[str], problems: list[dict]) -> tuple[dict, list[dict]]:
     "Read one photo of a YOLO folder: its row and its pills'."
     path = PurePosixPath(entry.path)
-    label = root / str(path.with_suffix(".txt")).replace("images/", "labels/", 1)
+    label = root / Path(*("labels" if part == "images" else part for part in path.with_suffix(".txt").parts))
+    part = next((p for p in path.parts[:-1] if p != "images"), "")
     pills, usable, size = [], False, (0, 0)
     try:
         size = photo_size(root / entry.path)
@@ -313,25 +344,26 @@ def read_yolo_photo(root: Path, number: int, entry: FileEntry, classes: list[str
         problems.append({"file": entry.path, "what": "no label", "detail": f"{label.name} is missing"})
     except (ValueError, OSError) as e:
         problems.append({"file": entry.path, "what": "label" if size[0] else "photo", "detail": str(e)})
-    row = {"root": number, "image": entry.path, "bytes": entry.size, "kind": "photo", "source": "yolo", "part": path.parts[1] if len(path.parts) > 2 else "", "width": size[0], "height": size[1],
+    row = {"root": number, "image": entry.path, "bytes": entry.size, "kind": "photo", "source": "yolo", "part": part, "width": size[0], "height": size[1],
            "photo": re.split(r"\.rf\.", path.stem)[0], "codes": " ".join(p["k_code"] for p in pills), "n_codes": len(pills), "usable": usable}
     return row | {c: -1 for c in ("back", "side", "light", "latitude", "longitude")}, pills
 
-# %% ../nbs/00c_aihub.ipynb #36a5ae33
+# %% ../nbs/00c_aihub.ipynb #56d72417
 def read_yolo(root: Path, number: int = 0, files: list[FileEntry] | None = None) -> Tables:
-    "Read a YOLO folder (`images/`, `labels/`, `data.yaml`); the class is the name in data.yaml, no K-code is invented."
-    files, problems = files if files is not None else walk_files(root), []
+    "Read a YOLO folder (`images/train/…` or Roboflow's `train/images/…`, labels beside them, `data.yaml`); the class is the name in data.yaml, no K-code is invented."
+    problems: list[dict] = []
+    files = readable(files if files is not None else walk_files(root), problems)
     classes = read_classes(root, problems)
-    photos = [read_yolo_photo(root, number, e, classes, problems) for e in files if e.path.startswith("images/") and e.path.lower().endswith((".jpg", ".jpeg", ".png"))]
+    photos = [read_yolo_photo(root, number, e, classes, problems) for e in files if "images" in PurePosixPath(e.path).parts[:-1] and e.path.lower().endswith((".jpg", ".jpeg", ".png"))]
     drugs = build_registry(registry_row({"dl_mapping_code": name, "dl_name": name}) for name in classes)
     pills = [pill for _, found in photos for pill in found]
     return Tables(make_table([row for row, _ in photos], IMAGE_COLUMNS), make_table(pills, PILL_COLUMNS), drugs, make_table([p | {"root": number} for p in problems], PROBLEM_COLUMNS))
 
-# %% ../nbs/00c_aihub.ipynb #340ae661
+# %% ../nbs/00c_aihub.ipynb #45aa316b
 def detect_layout(files: list[FileEntry]) -> str:  # "aihub", "yolo" or ""
     "Recognise a layout by what lies in it."
     paths = [f.path for f in files]
-    if "data.yaml" in paths and any(p.startswith("images/") for p in paths):
+    if "data.yaml" in paths and any("images" in PurePosixPath(p).parts[:-1] for p in paths):
         return "yolo"
     return "aihub" if any(NAME.fullmatch(PurePosixPath(p).stem) for p in paths if p.lower().endswith(".png")) else ""
 

@@ -44,7 +44,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError) as e:
         raise PillSnapError(f"weights {path} cannot be read: {e}") from None
 
-# %% ../nbs/03c_classifier.ipynb #479bb141
+# %% ../nbs/03c_classifier.ipynb #2ce42d65
 def build_classifier(
     stage: Stage,  # model, pretrained, weights
     classes: int,  # drugs in the manifest
@@ -53,12 +53,14 @@ def build_classifier(
     check_tag(stage.model)
     more = {"pretrained_cfg_overlay": {"state_dict": read_weights(Path(stage.weights))}} if stage.weights else {}
     try:
-        return timm.create_model(stage.model, pretrained=stage.pretrained or bool(stage.weights), num_classes=classes, **more)
+        model = timm.create_model(stage.model, pretrained=stage.pretrained or bool(stage.weights), num_classes=classes, **more)
     except Exception as e:
         if not (stage.pretrained or stage.weights):
             raise
         raise PillSnapError(f"weights of {stage.model} could not be loaded from {stage.weights or 'the hub'} ({type(e).__name__}: {str(e)[:300]}); give a local file with "
                             "weights=FILE, a mirror with HF_ENDPOINT, or start from scratch with pretrained=false") from None
+    model.reset_classifier(classes)  # timm keeps the old head where the numbers of classes happen to be equal
+    return model
 
 # %% ../nbs/03c_classifier.ipynb #fae9085d
 def model_preprocess(stage: Stage) -> Preprocess:

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['NOTEBOOKS', 'app', 'StageOption', 'DataOption', 'OverridesOption', 'notebook_parameters', 'choose_notebook',
-           'check_request', 'show_progress', 'show_event', 'forward_signals', 'training_pid', 'execute', 'newest_run',
-           'publish', 'run_notebook', 'run', 'synth', 'index', 'report', 'main']
+           'check_request', 'show_progress', 'show_event', 'forward_signals', 'training_pid', 'launched_since',
+           'execute', 'report_run', 'publish', 'absolute_paths', 'run_notebook', 'run', 'synth', 'index', 'report',
+           'main']
 
-# %% ../nbs/10_cli.ipynb #105eb5d4
+# %% ../nbs/10_cli.ipynb #b34551dd
 import ast
 import os
 import signal
@@ -22,7 +23,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .core import (PillSnapError, Settings, Stage, data_roots, get_stage, list_runs, load_settings, open_roots, read_events, read_json, read_metrics,
+from .core import (PillSnapError, Settings, Stage, data_roots, find_run, get_stage, list_runs, load_settings, open_roots, read_events, read_json, read_metrics,
                            stale_modules, suggest, tail_events, write_json)
 
 # %% ../nbs/10_cli.ipynb #074855b9
@@ -57,18 +58,20 @@ def check_request(notebook: Path, given: dict[str, Any], settings: Settings) -> 
         raise PillSnapError(f"edited but not exported: {', '.join(stale)}; run nbdev_export")
     return stage
 
-# %% ../nbs/10_cli.ipynb #a5e7db5b
-def show_progress(run: Path, done: threading.Event) -> None:
-    "Show a run's events until `done` is set."
+# %% ../nbs/10_cli.ipynb #21faf1ed
+def show_progress(find: Callable[[], Path | None], done: threading.Event) -> None:
+    "Show the events of the training that `find` finds, until `done` is set."
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console, offset, total = Console(stderr=True), tail_events(run)[1], None
+    console, run, offset, total = Console(stderr=True), None, 0, None
     with Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("waiting for the training", total=None, rate="")
         while True:
-            finished = done.is_set()
-            events, offset = tail_events(run, offset)
+            finished, run = done.is_set(), run or find()
+            events, offset = tail_events(run, offset) if run else ([], 0)
+            launches = [i for i, e in enumerate(events) if e["event"] == "launched"]
+            events = events[launches[-1] :] if launches else events  # a resumed run has events of its earlier life
             for event in events:
                 total = show_event(event, bar, task, total)
             if finished:
@@ -91,7 +94,7 @@ def show_event(event: dict[str, Any], bar: Any, task: Any, total: int | None) ->
         bar.console.print(f"{event['event']}: {event.get('file') or event.get('error') or event.get('message')}", highlight=False, style="red", soft_wrap=True)
     return total
 
-# %% ../nbs/10_cli.ipynb #76cab7f1
+# %% ../nbs/10_cli.ipynb #da0823c3
 @contextmanager
 def forward_signals(find_pid: Callable[[], int | None]) -> Iterator[None]:
     "Pass SIGINT and SIGTERM on to the training process; without one, stop as usual."
@@ -109,23 +112,31 @@ def forward_signals(find_pid: Callable[[], int | None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def training_pid(run: Path) -> int | None:
+def training_pid(run: Path | None) -> int | None:
     "Find the process that trains a run, if there is one."
-    events = [e for e in read_events(run) if e["event"] in ("start", "end", "stopped", "failed")]
-    return events[-1]["pid"] if events and events[-1]["event"] == "start" and Path(f"/proc/{events[-1]['pid']}").exists() else None
+    import psutil
 
-# %% ../nbs/10_cli.ipynb #e6d1eba7
-def execute(notebook: Path, out: Path, parameters: dict[str, Any], run: Path | None, project: Path) -> str:  # "" or the error's text
+    events = [e for e in read_events(run) if e["event"] in ("launched", "start", "end", "stopped", "failed")] if run else []
+    return events[-1]["pid"] if events and "pid" in events[-1] and psutil.pid_exists(events[-1]["pid"]) else None
+
+
+def launched_since(settings: Settings, key: str, since: str) -> Path | None:
+    "Find the run of a stage whose training was launched after a time."
+    runs = [r for r in list_runs(settings, key) if any(e["time"] >= since for e in read_events(r, "launched"))]
+    return runs[-1] if runs else None
+
+# %% ../nbs/10_cli.ipynb #9174b208
+def execute(notebook: Path, out: Path, parameters: dict[str, Any], find: Callable[[], Path | None] | None, project: Path) -> str:  # "" or the error's text
     "Execute a notebook with papermill, showing the progress of a training."
     import papermill
 
     out.parent.mkdir(parents=True, exist_ok=True)
     done = threading.Event()
-    shower = threading.Thread(target=show_progress, args=(run, done), daemon=True) if run else None
+    shower = threading.Thread(target=show_progress, args=(find, done), daemon=True) if find else None
     if shower:
         shower.start()
     try:
-        with forward_signals(lambda: training_pid(run) if run else None):
+        with forward_signals(lambda: training_pid(find()) if find else None):
             papermill.execute_notebook(str(notebook), str(out), parameters, progress_bar=False, cwd=str(project), kernel_name="python3", extra_arguments=["--IPKernelApp.log_level=50"])
         return ""
     except papermill.exceptions.PapermillExecutionError as e:
@@ -135,11 +146,13 @@ def execute(notebook: Path, out: Path, parameters: dict[str, Any], run: Path | N
         if shower:
             shower.join()
 
-# %% ../nbs/10_cli.ipynb #7b1eaf29
-def newest_run(settings: Settings, key: str, name: str = "") -> Path | None:
-    "Find the run a report belongs to: the named one, or the newest."
-    runs = [r for r in list_runs(settings, key) if not name or r.name == name]
-    return runs[-1] if runs else None
+# %% ../nbs/10_cli.ipynb #dbefe262
+def report_run(notebook: Path, settings: Settings, key: str, given: dict[str, Any]) -> Path | None:
+    "Find the complete run that a notebook trained or measured: the one it was given, or the newest."
+    if notebook.stem not in (NOTEBOOKS["train"], NOTEBOOKS["evaluate"]):
+        return None
+    resumed = given.get("resume", "none")
+    return find_run(settings, key, Path(resumed).name if resumed not in ("none", "auto") else str(given.get("run", "")))
 
 
 def publish(out: Path, key: str, settings: Settings, run: Path | None) -> Path:
@@ -153,22 +166,28 @@ def publish(out: Path, key: str, settings: Settings, run: Path | None) -> Path:
     write_index(settings.reports)
     return page
 
-# %% ../nbs/10_cli.ipynb #7de25f3d
+# %% ../nbs/10_cli.ipynb #8dc46654
+def absolute_paths(given: dict[str, Any]) -> dict[str, Any]:
+    "Make folders absolute: the notebook runs in another folder than the person."
+    paths = {"data_root": lambda text: os.pathsep.join(str(Path(p).expanduser().resolve()) for p in text.split(os.pathsep) if p),
+             "resume": lambda text: text if text in ("none", "auto") else str(Path(text).expanduser().resolve())}
+    return given | {name: make(given[name]) for name, make in paths.items() if given.get(name)}
+
+
 def run_notebook(name: str, given: dict[str, Any]) -> int:  # exit status
     "Check, execute, render; the report is written also when the notebook fails."
     settings = load_settings()
-    notebook = choose_notebook(name, settings)
+    notebook, given = choose_notebook(name, settings), absolute_paths(given)
     stage = check_request(notebook, given, settings)
     training = notebook.stem == NOTEBOOKS["train"]
     if training and given.get("resume", "none") == "none":
         given.setdefault("run", datetime.now(timezone.utc).strftime("r%Y%m%d-%H%M%S-") + os.urandom(2).hex())
-    run = settings.work / "runs" / stage.key / str(given["run"]) if training and given.get("run") else None
-    run = Path(given["resume"]).resolve() if training and given.get("resume", "none") not in ("none", "auto") else run
+    begun = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+    find = (lambda: launched_since(settings, stage.key, begun)) if training else None
     out, start = settings.reports / stage.key / notebook.name, time.perf_counter()
     print(f"{notebook.stem} · {stage.key}", file=sys.stderr, flush=True)
-    error = execute(notebook, out, given, run, settings.project)
-    of_run = newest_run(settings, stage.key, run.name if run else str(given.get("run", ""))) if training or notebook.stem == NOTEBOOKS["evaluate"] else None
-    print(f"{publish(out, stage.key, settings, of_run)}  ({time.perf_counter() - start:.0f} s)", flush=True)
+    error = execute(notebook, out, given, find, settings.project)
+    print(f"{publish(out, stage.key, settings, None if error else report_run(notebook, settings, stage.key, given))}  ({time.perf_counter() - start:.0f} s)", flush=True)
     if error:
         print(f"pillsnap: {error}", file=sys.stderr)
     return 1 if error else 0
@@ -239,7 +258,7 @@ def index(
     found = ensure_index(roots, settings)
     print(summarise(found).to_string(), count_kinds(found.tables).to_string(), count_problems(found.tables)[["count", "example", "remedy"]].to_string(), sep="\n\n")
 
-# %% ../nbs/10_cli.ipynb #bfa35c78
+# %% ../nbs/10_cli.ipynb #f4816c42
 @app.command()
 def report(
     notebook: Annotated[Path, typer.Argument(help="A notebook that papermill executed, in reports/<stage>/.")],
@@ -252,8 +271,8 @@ def report(
         raise PillSnapError(f"{notebook} is not there: execute it with `papermill nbs/{notebook.name} {notebook}` first")
     settings, given = load_settings(), read_json(notebook)["metadata"].get("papermill", {}).get("parameters", {})
     stage = get_stage(given.get("stage", 0), given.get("overrides", ""))
-    of_run = newest_run(settings, stage.key, str(given.get("run", ""))) if notebook.stem in (NOTEBOOKS["train"], NOTEBOOKS["evaluate"]) else None
-    print(publish(notebook, stage.key, settings, of_run))
+    failed = any(o["output_type"] == "error" for c in read_json(notebook)["cells"] for o in c.get("outputs", []))
+    print(publish(notebook, stage.key, settings, None if failed else report_run(notebook, settings, stage.key, given)))
 
 # %% ../nbs/10_cli.ipynb #dd81dba1
 def main() -> None:

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['V2_S', 'V2_L', 'GPU', 'STAGES', 'PillSnapError', 'suggest', 'number', 'choice', 'Stage', 'stage_table', 'field_table',
-           'parse_overrides', 'parse_gates', 'get_stage', 'find_project', 'Settings', 'load_settings', 'open_roots',
-           'data_roots', 'atomic_path', 'write_json', 'read_json', 'content_hash', 'lock', 'new_run', 'git_state',
-           'installed_versions', 'describe_run', 'append_event', 'parse_event', 'read_events', 'tail_events',
-           'run_state', 'list_runs', 'find_run', 'write_metrics', 'read_metrics', 'injected_names', 'exported_source',
-           'stale_modules', 'Parameters', 'read_parameters', 'pick_device']
+           'parse_overrides', 'split_words', 'parse_gates', 'get_stage', 'find_project', 'Settings', 'load_settings',
+           'open_roots', 'data_roots', 'atomic_path', 'write_json', 'read_json', 'content_hash', 'lock', 'new_run',
+           'git_state', 'installed_versions', 'describe_run', 'append_event', 'parse_event', 'read_events',
+           'tail_events', 'run_state', 'list_runs', 'find_run', 'write_metrics', 'read_metrics', 'injected_names',
+           'exported_source', 'stale_modules', 'Parameters', 'read_parameters', 'pick_device']
 
 # %% ../nbs/00_core.ipynb #0f653051
 import ast
@@ -73,7 +73,7 @@ def choice(default: Any, note: str, pattern: str | None = None) -> Any:
     "Describe one field that is a name, a switch or a choice."
     return Field(default, description=note, pattern=pattern, json_schema_extra={"unit": ""})
 
-# %% ../nbs/00_core.ipynb #aac17362
+# %% ../nbs/00_core.ipynb #2b8f2003
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", protected_namespaces=()))
 class Stage:
     "One row of the stage table: what is sampled, what is trained, what is expected."
@@ -88,7 +88,7 @@ class Stage:
     split: Literal["condition", "photo", "session"] = choice("condition", "what the test split holds out")
     train_session: str = choice("", "split=session: a regular expression; photos whose name it matches train")
     fold: int = number(0, "of 5", 0, 4, "split=photo: which fifth of the photos is the test split")
-    seed: int = number(7, "", 0, 2**31 - 1, "seed of the sample, the weights and the augmentation")
+    seed: int = number(7, "", 0, 2**31 - 1, "seed of the weights, the order and the augmentation; the sample has none")
     # classifier
     model: str = choice("test_efficientnet", "timm model tag")
     pretrained: bool = choice(False, "start from the tag's weights")
@@ -160,21 +160,35 @@ def field_table() -> "pd.DataFrame":  # one row per field: default, unit, range,
         rows.append(dict(field=f.name, default=getattr(info, "default", info), unit=(info.json_schema_extra or {}).get("unit", ""), range=span, note=info.description))
     return pd.DataFrame(rows).set_index("field")
 
-# %% ../nbs/00_core.ipynb #add852cb
+# %% ../nbs/00_core.ipynb #fdf090f7
 def parse_overrides(
     text: str,  # "epochs=3 lr=1e-3 gates=test_top1:0.5"
 ) -> dict[str, Any]:  # field → text, or a dict for gates
     "Read `field=value` pairs; raises PillSnapError for a pair without `=` or an unknown field."
     known = {f.name for f in fields(Stage)} - {"stage", "base"}
     values: dict[str, Any] = {}
-    for pair in shlex.split(text):
+    for pair in split_words(text):
         key, equals, value = pair.partition("=")
         if not equals:
             raise PillSnapError(f"override {pair!r} is not field=value")
         if key not in known:
             raise PillSnapError(f"unknown field {key!r} in overrides: {suggest(key, known)}")
         values[key] = parse_gates(value) if key == "gates" else value
+    try:
+        re.compile(values.get("train_session", ""))
+    except re.error as e:
+        raise PillSnapError(f"train_session={values['train_session']!r} is not a regular expression: {e}") from None
     return values
+
+
+def split_words(text: str) -> list[str]:
+    "Split at blanks outside quotes; a backslash is a character like any other, as regular expressions need it."
+    words = shlex.shlex(text, posix=True)
+    words.whitespace_split, words.escape, words.commenters = True, "", ""
+    try:
+        return list(words)
+    except ValueError as e:
+        raise PillSnapError(f"overrides {text!r}: {e}") from None
 
 
 def parse_gates(text: str) -> dict[str, str]:
@@ -216,7 +230,7 @@ class Settings:
     manifests: Path = Path("data_manifests")
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
 
-# %% ../nbs/00_core.ipynb #a374c7c6
+# %% ../nbs/00_core.ipynb #33264505
 def load_settings(
     environ: Mapping[str, str] | None = None,  # default: .env, then os.environ, which wins
 ) -> Settings:  # folders absolute, relative ones taken from the project
@@ -230,8 +244,9 @@ def load_settings(
     known = {f.name for f in fields(Settings)} - {"project"}
     for key in mine.keys() - known:
         raise PillSnapError(f"unknown setting PILLSNAP_{key.upper()}: {suggest(key, known)}")
-    folders = {k: project / mine.get(k, default) for k, default in (("work", "work"), ("reports", "reports"), ("manifests", "data_manifests"))}
-    return Settings(project=project, data_root=mine.get("data_root", ""), device=mine.get("device", "auto"), **folders)
+    folders = {k: project / Path(mine.get(k, default)).expanduser() for k, default in (("work", "work"), ("reports", "reports"), ("manifests", "data_manifests"))}
+    roots = os.pathsep.join(str(project / Path(part).expanduser()) for part in mine.get("data_root", "").split(os.pathsep) if part)
+    return Settings(project=project, data_root=roots, device=mine.get("device", "auto"), **folders)
 
 # %% ../nbs/00_core.ipynb #cf105534
 def open_roots(
@@ -482,11 +497,12 @@ class Parameters:
     def key(self) -> str:
         return self.stage.key
 
-# %% ../nbs/00_core.ipynb #1ee51631
+# %% ../nbs/00_core.ipynb #28d0d10e
 def read_parameters(
     namespace: Mapping[str, Any],  # the notebook's globals()
     allowed: str,  # names of the parameters cell: "stage data_root overrides"
     settings: Settings | None = None,
+    of_run: bool = False,  # the notebook reads a run, which knows its data: only an explicit data_root counts
 ) -> Parameters:  # checked and resolved
     "Check a notebook's parameters; raises PillSnapError for an unknown one, a stale module, missing data."
     settings = settings or load_settings()
@@ -497,7 +513,8 @@ def read_parameters(
         raise PillSnapError(f"edited but not exported: {', '.join(stale)}; the module is stale, run nbdev_export")
     given = {name: namespace[name] for name in known}
     stage = get_stage(given["stage"], str(given.get("overrides", "")))
-    return Parameters(stage, data_roots(stage, str(given.get("data_root", "")), settings), settings, given)
+    data_root = str(given.get("data_root", ""))
+    return Parameters(stage, open_roots(data_root) if of_run else data_roots(stage, data_root, settings), settings, given)
 
 # %% ../nbs/00_core.ipynb #527c70e7
 def pick_device(wanted: str = "auto") -> str:  # "cuda", "mps", "cpu", or the one named

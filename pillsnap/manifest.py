@@ -10,12 +10,12 @@ __all__ = ['HELD_LIGHT', 'HELD_LONGITUDES', 'GUARDS', 'FRAME_SHARE', 'MIX', 'PIL
            'save_manifest', 'load_manifest', 'ensure_manifest', 'changed_inputs', 'plot_condition_split',
            'plot_drug_split', 'count_splits', 'summarise_manifest']
 
-# %% ../nbs/02_manifest.ipynb #a69752a2
+# %% ../nbs/02_manifest.ipynb #7cdd90b1
 import hashlib
 import io
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +123,7 @@ def rank_classes(images: pd.DataFrame) -> tuple[list[str], list[str]]:  # drugs 
     order = pd.DataFrame({"trays": trays.reindex(whole).fillna(0), "hash": unit_hash(pd.Series(whole, dtype=object), "class")}, index=whole)
     return order.sort_values(["trays", "hash"], ascending=[False, True]).index.tolist(), sorted(set(seen.index) - set(whole))
 
-# %% ../nbs/02_manifest.ipynb #bcc1e68c
+# %% ../nbs/02_manifest.ipynb #599e2275
 def share_out(
     available: pd.Series,  # photos of each drug, in order of choice
     least: pd.Series,  # photos it has already, same index
@@ -132,6 +132,8 @@ def share_out(
     "Give every drug the same number, as far as it has them; raises PillSnapError if there are too few."
     if available.sum() < total:
         raise PillSnapError(f"{total} photos were asked for, these {len(available)} drugs have {available.sum()}")
+    if least.sum() > total:
+        raise PillSnapError(f"{total} photos were asked for, the stage before has {least.sum()} of them already")
     low, high = 0, int(available.max())
     while low < high:  # the largest level whose sum does not exceed the total
         level = (low + high + 1) // 2
@@ -141,12 +143,12 @@ def share_out(
     quota[more] += 1
     return quota
 
-# %% ../nbs/02_manifest.ipynb #118f9067
+# %% ../nbs/02_manifest.ipynb #d8df7d39
 def sample_trays(images: pd.DataFrame, classes: list[str], stage: Stage, before: set) -> pd.Index:
     "Choose whole arrangements of the stage's drugs, up to its share of trays; those of the stage before come first."
     rows = images[images.usable & (images.kind == "combination") & images.split.isin(["train", "val", "test"])]
     known = set(classes)
-    rows = rows[[set(c.split()) <= known for c in rows.codes]]
+    rows = rows[np.array([set(c.split()) <= known for c in rows.codes], dtype=bool)]
     sizes = rows.groupby("codes").size()
     order = pd.DataFrame({"n": sizes, "old": [c in before for c in sizes.index], "hash": unit_hash(pd.Series(sizes.index, dtype=object), "arrangement")}, index=sizes.index)
     order = order.sort_values(["old", "hash"], ascending=[False, True])
@@ -166,14 +168,15 @@ def choose_classes(images: pd.DataFrame, pills: pd.DataFrame, stage: Stage) -> t
         raise PillSnapError(f"{stage.key} asks for {stage.classes} drugs, the data has {len(order)} with photos in every split: lower `classes` in overrides, or set allow_short=true")
     return order[: stage.classes], left_out
 
-# %% ../nbs/02_manifest.ipynb #0ad2b8a7
+# %% ../nbs/02_manifest.ipynb #077322ed
 def sample_stage(
     images: pd.DataFrame,  # with split and group
     pills: pd.DataFrame,
     stage: Stage,
 ) -> tuple[pd.DataFrame, list[str], list[str]]:  # the sampled images, the class list, drugs left out
     "Take exactly the stage's photos and drugs; raises PillSnapError that says what the data has, unless `allow_short`."
-    base = sample_stage(images, pills, STAGES[stage.base]) if stage.base else (images.iloc[:0], [], [])
+    same = {field: getattr(stage, field) for field in ("allow_short", "split", "train_session", "fold")}
+    base = sample_stage(images, pills, replace(STAGES[stage.base], **same)) if stage.base else (images.iloc[:0], [], [])
     classes, left_out = choose_classes(images, pills, stage)
     trays = sample_trays(images, classes, stage, set(base[0].codes)) if stage.split == "condition" else images.index[:0]
     ranked = rank_photos(images)
@@ -305,7 +308,7 @@ def load_manifest(folder: Path) -> Manifest:
     text = dict.fromkeys(("image", "kind", "source", "part", "k_code", "split", "group", "photo"), "str")
     return Manifest(pd.read_csv(io.BytesIO(data), dtype=text, keep_default_na=False), classes, report)
 
-# %% ../nbs/02_manifest.ipynb #78d28ddb
+# %% ../nbs/02_manifest.ipynb #65f05288
 def ensure_manifest(
     plan: Parameters,
     index: Index,
@@ -323,7 +326,7 @@ def ensure_manifest(
         if manifest and not (differ := changed_inputs(manifest, index, plan.stage)):
             return manifest
         if manifest and not renew:
-            raise PillSnapError(f"{folder} was made with another {differ}: replace it with `pillsnap run manifest --stage {plan.stage.stage}`, or give this data its own name (overrides name=…)")
+            raise PillSnapError(f"{folder} was made with another {differ}: replace it with `pillsnap run manifest` and the same options, or give this data its own name (overrides name=…)")
         made = make_manifest(index, plan.stage)
         save_manifest(made, folder)
         return made

@@ -289,3 +289,39 @@ class TestRegistry:
         Image.new("RGB", (20, 20)).save(tmp_path / "images/a.jpg")
         (tmp_path / "labels/a.txt").write_text("0 0.5 0.5 0.5 0.5")
         assert list(read_root(tmp_path).pills.k_code) == ["advil"]
+
+
+class TestRealWorldFolders:
+    def test_singles_alone_are_enough(self, tmp_path, plan):
+        "Somebody who downloaded no combinations still gets a manifest."
+        from pillsnap.synthetic import SynthSpec, synthesise
+        synthesise(tmp_path / "tree", SynthSpec(drugs=3, views=40, trays=0, width=96))
+        assert make_manifest(build_index([tmp_path / "tree"]), plan("images=60 classes=3").stage).pills.kind.unique().tolist() == ["single"]
+
+    @pytest.mark.parametrize("layout", ["images/train", "train/images", "images"])
+    def test_yolo_layouts(self, tmp_path, layout):
+        photo, label = tmp_path / layout / "a.jpg", tmp_path / layout.replace("images", "labels") / "a.txt"
+        photo.parent.mkdir(parents=True)
+        label.parent.mkdir(parents=True)
+        (tmp_path / "data.yaml").write_text("names: {0: advil, 1: midol}\n")
+        Image.new("RGB", (20, 20)).save(photo)
+        label.write_text("1 0.5 0.5 0.5 0.5")
+        tables = read_root(tmp_path)
+        assert list(tables.pills.k_code) == ["midol"] and tables.problems.empty
+
+    def test_a_damaged_test_photo_does_not_cost_the_training(self, tree, tmp_path, plan):
+        "The photo is read first by the evaluation, after the whole training."
+        from pillsnap.evaluate import evaluate_run
+        root = tmp_path / "copy"
+        shutil.copytree(tree, root)
+        here = replace(plan(), roots=[root])
+        index = build_index([root])
+        run = prepare_run(here, make_manifest(index, here.stage), index)
+        fit(run)
+        row = classifier_pills(make_manifest(index, here.stage), "test").iloc[0]
+        (root / row.image).write_bytes((root / row.image).read_bytes()[:900])
+        with pytest.raises(PillSnapError, match="skip_unreadable=true"):
+            evaluate_run(run, here)
+        again = replace(plan("skip_unreadable=true"), roots=[root], given={"overrides": "skip_unreadable=true"})
+        metrics = evaluate_run(run, again).metrics
+        assert metrics["test_skipped_files"] == 1
