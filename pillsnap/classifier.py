@@ -44,7 +44,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError) as e:
         raise PillSnapError(f"weights {path} cannot be read: {e}") from None
 
-# %% ../nbs/03c_classifier.ipynb #2ce42d65
+# %% ../nbs/03c_classifier.ipynb #a86af980
 def build_classifier(
     stage: Stage,  # model, pretrained, weights
     classes: int,  # drugs in the manifest
@@ -59,7 +59,8 @@ def build_classifier(
             raise
         raise PillSnapError(f"weights of {stage.model} could not be loaded from {stage.weights or 'the hub'} ({type(e).__name__}: {str(e)[:300]}); give a local file with "
                             "weights=FILE, a mirror with HF_ENDPOINT, or start from scratch with pretrained=false") from None
-    model.reset_classifier(classes)  # timm keeps the old head where the numbers of classes happen to be equal
+    if stage.pretrained or stage.weights:
+        model.reset_classifier(classes)  # timm keeps the old head where the numbers of classes happen to be equal
     return model
 
 # %% ../nbs/03c_classifier.ipynb #fae9085d

@@ -6,8 +6,8 @@
 __all__ = ['MAY_CHANGE', 'RUNGS', 'interval', 'calibration_bins', 'expected_calibration_error', 'Predictions', 'CoveredPills',
            'Evaluated', 'evaluation_stage', 'open_run', 'rung_of', 'climb', 'only_drugs', 'add_same_drugs',
            'ladder_table', 'plot_ladder', 'f1_by_drug', 'test_metrics', 'plot_ranking', 'show_calibration',
-           'slice_table', 'confused_pairs', 'confusion_counts', 'plot_confusions', 'show_mistakes', 'check_gates',
-           'background_metrics', 'Evaluation', 'evaluate_run', 'tidy', 'gate_table', 'metric_table']
+           'slice_table', 'confused_pairs', 'confusion_counts', 'plot_confusions', 'mistakes', 'check_gates',
+           'background_metrics', 'Evaluation', 'show_mistakes', 'evaluate_run', 'tidy', 'gate_table', 'metric_table']
 
 # %% ../nbs/05_evaluate.ipynb #bf868174
 import os
@@ -260,14 +260,13 @@ def plot_confusions(p: Predictions, classes: list[str]) -> Figure:
     part = f", the {len(shown)} most confused of {len(names)}" if len(names) > len(shown) else ""
     return plot_confusion(counts[np.ix_(shown, shown)], [names[i] for i in shown], f"{(~p.pills.right).sum()} of {len(p.pills)} pills wrong{part}")
 
-# %% ../nbs/05_evaluate.ipynb #b723889b
-def show_mistakes(evaluated: Evaluated, p: Predictions, pills: int = 16) -> Figure:
-    "Show the mistakes the model was surest of: pill, truth, prediction, confidence. Without mistakes, the least sure answers."
+# %% ../nbs/05_evaluate.ipynb #5994a864
+def mistakes(evaluated: Evaluated, p: Predictions, pills: int) -> tuple[list[np.ndarray], list[str], list[bool]]:  # crops, titles, whether wrong
+    "Cut the mistakes the model was surest of; without mistakes, the least sure answers."
     classes, wrong = evaluated.manifest.classes, p.pills[~p.pills.right].sort_values("confidence", ascending=False)
     rows = (wrong if len(wrong) else p.pills.sort_values("confidence")).head(pills)
     crops = [evaluated.pre.cut(read_photo(evaluated.roots[r.root] / r.image), (r.x, r.y, r.w, r.h)) for r in rows.itertuples()]
-    titles = [f"is {r.k_code}\nsaid {classes[r.pred]}\n{r.confidence:.2f}" for r in rows.itertuples()]
-    return image_grid(crops, titles, 8, side=1.3, bad=(~rows.right).tolist())
+    return crops, [f"is {r.k_code}\nsaid {classes[r.pred]}\n{r.confidence:.2f}" for r in rows.itertuples()], (~rows.right).tolist()
 
 # %% ../nbs/05_evaluate.ipynb #6c2febcd
 def check_gates(stage: Stage, metrics: dict[str, Any]) -> list[dict[str, Any]]:  # name, value, target, passed; None: not measured
@@ -294,6 +293,20 @@ class Evaluation:
     def test(self) -> Predictions:
         "The predictions behind the `test_` keys: the first rung above random frames."
         return next(p for name, p in self.rungs.items() if not name.startswith("random frame"))
+
+# %% ../nbs/05_evaluate.ipynb #cc9f4400
+def show_mistakes(
+    result: Evaluation,
+    pills: int = 16,  # of the highest rung; then as many of the rung behind the test metrics, if that is another
+) -> Figure:
+    "Show what went wrong, highest rung first: pill, rung, truth, prediction, confidence."
+    name, highest = list(result.rungs.items())[-1]
+    test = next(n for n, p in result.rungs.items() if p is result.test)
+    crops, titles, bad = [], [], []
+    for rung, p in {name: highest, test: result.test}.items():
+        found = mistakes(result.evaluated, p, pills)
+        crops, titles, bad = crops + found[0], titles + [f"{rung}\n{t}" for t in found[1]], bad + found[2]
+    return image_grid(crops, titles, 8, side=1.3, bad=bad)
 
 # %% ../nbs/05_evaluate.ipynb #0e74fa0f
 def evaluate_run(run: Path, plan: Parameters) -> Evaluation:

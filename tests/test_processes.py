@@ -79,18 +79,6 @@ def test_a_failing_training_says_why(run, tree):
     assert run_state(run) == "failed"
 
 
-def test_pillsnap_run_passes_signals_on(environ, tree, tmp_path):
-    "SIGTERM to the command stops the training cleanly, and the report of what was reached is written."
-    words = ["run", "train", "--data-root", str(tree), "--run", "first", "--overrides", "name=tiny images=80 classes=4 epochs=500 size=32 batch=16 workers=0 tensorboard=false"]
-    process = subprocess.Popen([sys.executable, "-c", "from pillsnap.cli import main; main()", *words], env=os.environ | environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=PROJECT)
-    run = tmp_path / "work/runs/stage_0-tiny/first"
-    wait_for_epoch(run, 2)
-    process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 1 and "go on with resume=" in output and run_state(run) == "stopped"
-    assert "stopped by signal 15" in (tmp_path / "reports/stage_0-tiny/04_train.html").read_text("utf-8")
-
-
 def test_a_full_disk_leaves_the_old_file(tmp_path):
     write_json(tmp_path / "a.json", {"old": 1})
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -121,3 +109,19 @@ def test_events_survive_a_cut_off_line(tmp_path):
         f.write('{"event": "epo')
     append_event(tmp_path, "end")
     assert [e["event"] for e in read_events(tmp_path)] == ["start", "end"]
+
+
+def test_pillsnap_run_passes_signals_on_and_resumes(environ, tree, tmp_path):
+    "A signal stops the training cleanly, the report of what was reached is written, and the command that the README gives goes on."
+    fields = "name=tiny images=80 classes=4 epochs=500 size=32 batch=16 workers=0 tensorboard=false"
+    run = tmp_path / "work/runs/stage_0-tiny/first"
+    for number, more in ((signal.SIGTERM, ["--run", "first"]), (signal.SIGINT, ["--resume", "auto"])):
+        words = ["run", "train", "--data-root", str(tree), "--overrides", fields, *more]
+        done = len(read_events(run, "epoch"))
+        process = subprocess.Popen([sys.executable, "-c", "from pillsnap.cli import main; main()", *words], env=os.environ | environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=PROJECT)
+        wait_for_epoch(run, done + 2)
+        process.send_signal(number)
+        output = process.communicate(timeout=60)[0]
+        assert process.returncode == 1 and run_state(run) == "stopped" and f"epoch {done + 1:3}/500" in output and f"go on with resume={run}" in output
+        assert f"stopped by signal {number}" in (tmp_path / "reports/stage_0-tiny/04_train.html").read_text("utf-8")
+    assert read_events(run, "start")[-1]["from_epoch"] == done > 1
