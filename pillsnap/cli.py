@@ -26,7 +26,7 @@ import typer
 from .core import (PillSnapError, Settings, Stage, data_roots, find_run, get_stage, list_runs, load_settings, open_roots, read_events, read_json, read_metrics,
                            stale_modules, suggest, tail_events, write_json)
 
-# %% ../nbs/10_cli.ipynb #074855b9
+# %% ../nbs/10_cli.ipynb #476638c6
 NOTEBOOKS = {"explore": "01_explore", "manifest": "02_manifest", "train": "04_train", "evaluate": "05_evaluate"}
 
 
@@ -42,7 +42,10 @@ def choose_notebook(name: str, settings: Settings) -> Path:
     stem = Path(name).stem
     if stem not in known:
         raise PillSnapError(f"unknown notebook {name!r}: {suggest(stem, NOTEBOOKS)}")
-    return settings.project / "nbs" / f"{known[stem]}.ipynb"
+    path = settings.project / "nbs" / f"{known[stem]}.ipynb"
+    if not path.exists():
+        raise PillSnapError(f"{path} is not there: run this inside a checkout of the project, where the notebooks are")
+    return path
 
 # %% ../nbs/10_cli.ipynb #b1fe9b6c
 def check_request(notebook: Path, given: dict[str, Any], settings: Settings) -> Stage:

@@ -112,3 +112,13 @@ def test_notebooks_define_nothing_after_run():
         assert len(tagged) == len(run), path.name
         late = [c for i in run for c in cells[i:] if c["cell_type"] == "code"]
         assert not any(line.startswith(("def ", "class ")) for c in late for line in c["source"]), path.name
+
+
+def test_outside_a_checkout_the_notebooks_are_missed_by_name(environ, tmp_path):
+    "An installed package has no notebooks beside it."
+    import os
+    import shutil
+    shutil.copytree(PROJECT / "pillsnap", tmp_path / "site/pillsnap")
+    done = subprocess.run([sys.executable, "-S", "-c", "import sys; sys.path[:0] = sys.argv[1:]; sys.argv = ['pillsnap', 'run', 'explore']; from pillsnap.cli import main; main()",
+                           str(tmp_path / "site"), *[p for p in sys.path if p.endswith("site-packages")]], env=os.environ | environ, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and "inside a checkout" in done.stderr
