@@ -120,7 +120,7 @@ def make_table(rows: list[Mapping[str, Any]], columns: Mapping[str, str]) -> pd.
     "Make a table with fixed columns and types, also of no rows."
     return pd.DataFrame(rows, columns=list(columns)).astype({k: v for k, v in columns.items() if v != "str"})
 
-# %% ../nbs/00c_aihub.ipynb #8a433833
+# %% ../nbs/00c_aihub.ipynb #42505f43
 @dataclass(frozen=True, order=True)
 class FileEntry:
     "A file under a root."
@@ -132,7 +132,7 @@ class FileEntry:
 def walk_files(
     root: Path,
     suffixes: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".json", ".txt", ".yaml"),
-) -> list[FileEntry]:  # sorted by path
+) -> list[FileEntry]:  # folder by folder, each sorted by name
     "List the files under a root; a folder reached twice over links is walked once, what cannot be read has size -1."
     seen: set[tuple[int, int]] = set()
 
@@ -152,7 +152,7 @@ def walk_files(
                 yield from walk(entry.path, f"{prefix}{entry.name}/")
             elif entry.name.lower().endswith(suffixes):
                 yield stat_file(prefix, entry)
-    return sorted(walk(str(root), ""))
+    return list(walk(str(root), ""))
 
 
 def stat_file(prefix: str, entry: os.DirEntry) -> FileEntry:

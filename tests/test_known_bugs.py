@@ -19,6 +19,7 @@ from pillsnap.aihub import read_aihub, read_photo, read_root
 from pillsnap.classifier import build_classifier, load_classifier, save_classifier
 from pillsnap.core import PillSnapError, STAGES, get_stage, read_events
 from pillsnap.data import PillDataset, make_augmentation
+from pillsnap.engine import load_checkpoint
 from pillsnap.drugs import registry_row, split_edi
 from pillsnap.evaluate import open_run
 from pillsnap.explore import build_index
@@ -124,6 +125,12 @@ class TestSplit:
 class TestManifest:
     def test_counts_are_exact(self, manifest):
         assert manifest.pills.image.nunique() == 80 and len(manifest.classes) == 4
+
+    def test_the_class_limit_holds(self, index, plan):
+        "A list of 4,020 drugs for 1,000 asked for."
+        manifest = make_manifest(index, plan("classes=2 images=60").stage)
+        assert len(manifest.classes) == 2 == manifest.pills[manifest.pills.label >= 0].k_code.nunique()
+        assert set(manifest.pills[manifest.pills.kind == "single"].k_code) == set(manifest.classes)
 
     @pytest.mark.parametrize("fields", ["classes=5", "images=5000"])
     def test_what_the_data_cannot_give_is_an_error(self, index, plan, fields):
@@ -240,6 +247,9 @@ class TestRuns:
                 fit(stopped)
         finally:
             train.keep = keep
+        job = make_job(stopped)
+        load_checkpoint(stopped / "last.pt", job.training, **job.identity)
+        assert job.training.best["val_macro_f1"] == read_events(stopped, "epoch")[0]["val_macro_f1"]
         fit(stopped)
         assert [e["from_epoch"] for e in read_events(stopped, "start")] == [0, 1]
         for name in ("last.pt", "best.safetensors"):
