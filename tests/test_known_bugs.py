@@ -144,8 +144,8 @@ class TestManifest:
         class Reversed(list):
             __enter__, __exit__ = (lambda self: self), (lambda self, *a: None)
         monkeypatch.setattr(os, "scandir", lambda path: Reversed(sorted(scandir(path), key=lambda e: e.name, reverse=True)))
-        again = make_manifest(build_index([tree]), plan().stage)
-        assert csv_bytes(again.pills) == csv_bytes(make_manifest(index, plan().stage).pills)
+        again, first = make_manifest(build_index([tree]), plan().stage), make_manifest(index, plan().stage)
+        assert csv_bytes(again.pills) == csv_bytes(first.pills) and again.hash == first.hash
 
     def test_no_path_of_one_computer(self, index, manifest, tree, tmp_path, plan):
         assert not manifest.pills.image.str.startswith("/").any() and str(tree) not in json.dumps(manifest.report)
