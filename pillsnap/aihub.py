@@ -120,7 +120,7 @@ def make_table(rows: list[Mapping[str, Any]], columns: Mapping[str, str]) -> pd.
     "Make a table with fixed columns and types, also of no rows."
     return pd.DataFrame(rows, columns=list(columns)).astype({k: v for k, v in columns.items() if v != "str"})
 
-# %% ../nbs/00c_aihub.ipynb #42505f43
+# %% ../nbs/00c_aihub.ipynb #e36b267a
 @dataclass(frozen=True, order=True)
 class FileEntry:
     "A file under a root."
@@ -154,7 +154,7 @@ def walk_files(
                 yield stat_file(prefix, entry)
     return list(walk(str(root), ""))
 
-
+# %% ../nbs/00c_aihub.ipynb #5bf57f77
 def stat_file(prefix: str, entry: os.DirEntry) -> FileEntry:
     "Describe one file; a dangling link has size -1."
     try:
@@ -210,7 +210,7 @@ def check_labels(name: CaptureName, labels: list[Label], path: str, problems: li
         problems.append({"file": path, "what": "incomplete tray", "detail": f"{len(good)} boxes for {len(name.codes)} codes"})
     return good
 
-# %% ../nbs/00c_aihub.ipynb #ac2e9bf7
+# %% ../nbs/00c_aihub.ipynb #d455de3c
 def official_part(path: str) -> str:  # train or val
     "Say which official part a photo belongs to, from the folders above it."
     return "val" if re.search(r"(^|/)(val|2\.Validation|V[SL]_\d[^/]*)/", path) else "train"
@@ -223,7 +223,7 @@ def image_row(root: int, entry: FileEntry, name: CaptureName, labels: list[Label
             "photo": PurePosixPath(entry.path).stem, "codes": " ".join(name.codes), "n_codes": len(name.codes), "width": size[0], "height": size[1], "back": name.back,
             "side": name.side, "light": name.light, "latitude": name.latitude, "longitude": name.longitude, "usable": good == len(name.codes)}
 
-
+# %% ../nbs/00c_aihub.ipynb #5442d06f
 def pill_rows(root: int, path: str, boxes: Iterable[tuple[str, tuple]]) -> list[dict[str, Any]]:
     "Describe the pills of one photo, numbered in the order given."
     return [{"root": root, "image": path, "pill": i, "k_code": code, **dict(zip("xywh", box))} for i, (code, box) in enumerate(boxes)]

@@ -114,7 +114,7 @@ def score(
     macro = f1_score(labels, top[:, 0], labels=np.unique(labels), average="macro", zero_division=0)
     return {"loss": float(loss), "top1": float(right[:, 0].mean()), "top5": float(right.any(1).mean()), "macro_f1": float(macro)}
 
-# %% ../nbs/03c_classifier.ipynb #102c8904
+# %% ../nbs/03c_classifier.ipynb #4990be6b
 def save_classifier(
     path: Path,
     model: nn.Module,
@@ -128,7 +128,7 @@ def save_classifier(
     with atomic_path(path) as part:
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, part, {"pillsnap": json.dumps(meta, ensure_ascii=False)})
 
-
+# %% ../nbs/03c_classifier.ipynb #15514797
 def load_classifier(
     path: Path,
     classes: list[str] | None = None,  # the class map it must have

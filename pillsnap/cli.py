@@ -61,7 +61,7 @@ def check_request(notebook: Path, given: dict[str, Any], settings: Settings) -> 
         raise PillSnapError(f"edited but not exported: {', '.join(stale)}; run nbdev_export")
     return stage
 
-# %% ../nbs/10_cli.ipynb #21faf1ed
+# %% ../nbs/10_cli.ipynb #7a64a726
 def show_progress(find: Callable[[], Path | None], done: threading.Event) -> None:
     "Show the events of the training that `find` finds, until `done` is set."
     from rich.console import Console
@@ -81,7 +81,7 @@ def show_progress(find: Callable[[], Path | None], done: threading.Event) -> Non
                 return
             time.sleep(0.3)
 
-
+# %% ../nbs/10_cli.ipynb #599a17fa
 def show_event(event: dict[str, Any], bar: Any, task: Any, total: int | None) -> int | None:  # epochs of the run
     "Show one event: move the bar, or print a line."
     if event["event"] == "start":
@@ -97,7 +97,7 @@ def show_event(event: dict[str, Any], bar: Any, task: Any, total: int | None) ->
         bar.console.print(f"{event['event']}: {event.get('file') or event.get('error') or event.get('message')}", highlight=False, style="red", soft_wrap=True)
     return total
 
-# %% ../nbs/10_cli.ipynb #da0823c3
+# %% ../nbs/10_cli.ipynb #a2b42d42
 @contextmanager
 def forward_signals(find_pid: Callable[[], int | None]) -> Iterator[None]:
     "Pass SIGINT and SIGTERM on to the training process; without one, stop as usual."
@@ -122,7 +122,7 @@ def training_pid(run: Path | None) -> int | None:
     events = [e for e in read_events(run) if e["event"] in ("launched", "start", "end", "stopped", "failed")] if run else []
     return events[-1]["pid"] if events and "pid" in events[-1] and psutil.pid_exists(events[-1]["pid"]) else None
 
-
+# %% ../nbs/10_cli.ipynb #68973f98
 def launched_since(settings: Settings, key: str, since: str) -> Path | None:
     "Find the run of a stage whose training was launched after a time."
     runs = [r for r in list_runs(settings, key) if any(e["time"] >= since for e in read_events(r, "launched"))]

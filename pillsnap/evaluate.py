@@ -137,7 +137,7 @@ def rung_of(name: str, stage: Stage) -> tuple[str, str, tuple[str, ...]]:  # sho
     split, kinds, _ = RUNGS[name]
     return ("other session" if name == "unseen photo" and stage.split == "session" else name), split, kinds
 
-# %% ../nbs/05_evaluate.ipynb #dc9a7463
+# %% ../nbs/05_evaluate.ipynb #db837f85
 def climb(evaluated: Evaluated) -> dict[str, Predictions]:  # rung → predictions, only those the data has
     "Predict every rung; the reading of the test split is counted in the run."
     append_event(evaluated.run, "test_read", manifest_hash=evaluated.manifest.hash)
@@ -156,7 +156,7 @@ def only_drugs(p: Predictions, drugs: set[str]) -> Predictions:
     pills, probabilities = p.pills[keep].reset_index(drop=True), p.probabilities[keep]
     return Predictions(pills, probabilities, score(np.log(np.clip(probabilities, 1e-12, None)), pills.label.to_numpy()), p.skipped)
 
-
+# %% ../nbs/05_evaluate.ipynb #307ba849
 def add_same_drugs(rungs: dict[str, Predictions]) -> dict[str, Predictions]:
     "Where the first test rung has fewer drugs than the random frames, add the frames of just those drugs: the fair comparison."
     frame, test = rungs.get("random frame"), next((p for name, p in rungs.items() if name != "random frame"), None)
@@ -165,7 +165,7 @@ def add_same_drugs(rungs: dict[str, Predictions]) -> dict[str, Predictions]:
         return rungs
     return {"random frame": frame, "random frame, same drugs": only_drugs(frame, shared)} | {name: p for name, p in rungs.items() if name != "random frame"}
 
-
+# %% ../nbs/05_evaluate.ipynb #1eb34f36
 def ladder_table(rungs: dict[str, Predictions]) -> pd.DataFrame:  # index: rung
     "Tabulate accuracy and interval of each rung."
     rows = {}

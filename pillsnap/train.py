@@ -39,7 +39,7 @@ from .manifest import Manifest, ensure_manifest, load_manifest, save_manifest
 from .preprocess import Preprocess
 from .viz import image_grid, plot_curves
 
-# %% ../nbs/04_train.ipynb #a9b29370
+# %% ../nbs/04_train.ipynb #c7c50bee
 def prepare_run(
     plan: Parameters,  # stage, run, resume
     manifest: Manifest,
@@ -60,7 +60,7 @@ def prepare_run(
                                               roots=[str(r) for r in index.roots], device=pick_device(plan.settings.device)))
     return run
 
-
+# %% ../nbs/04_train.ipynb #d8f879a4
 def as_command(given: dict[str, str]) -> str:
     "Write parameters as the command that does the same."
     return shlex.join(["pillsnap", "run", "train", *(word for k, v in given.items() if v for word in (f"--{k.replace('_', '-')}", v))])
@@ -104,7 +104,7 @@ class Job:
         "What a checkpoint must agree with."
         return {"manifest_hash": self.manifest.hash, "classes": self.manifest.classes, "preprocess_hash": self.pre.hash, "model": self.stage.model}
 
-# %% ../nbs/04_train.ipynb #40d6f27b
+# %% ../nbs/04_train.ipynb #e0482c22
 def classifier_pills(
     manifest: Manifest,
     split: str,  # train, val, test, frame
@@ -122,7 +122,7 @@ def make_dataset(stage: Stage, manifest: Manifest, roots: list[Path], split: str
         raise PillSnapError(f"manifest {manifest.hash} has no pill in the {split} split for the classifier")
     return PillDataset(pills, roots, model_preprocess(stage), augment, stage.seed, stage.skip_unreadable)
 
-
+# %% ../nbs/04_train.ipynb #9bf0272a
 def make_job(run: Path) -> Job:
     "Build data, model and training state from a run folder; raises PillSnapError where a split is empty."
     record = read_json(run / "run.json")
@@ -266,7 +266,7 @@ def main(
         print(e if known else traceback.format_exc(), file=sys.stderr)
         return 1
 
-# %% ../nbs/04_train.ipynb #5990ab16
+# %% ../nbs/04_train.ipynb #00499b0d
 @dataclass
 class Launched:
     "A training process and how far its events have been read."
@@ -284,7 +284,7 @@ def launch(run: Path) -> Launched:
     append_event(run, "launched", pid=process.pid)
     return Launched(run, process, offset)
 
-
+# %% ../nbs/04_train.ipynb #52a47be8
 def follow(launched: Launched, on_event: Callable[[dict], None] = lambda event: None) -> dict[str, Any]:  # the run's `end` event
     "Follow a training to its end; raises PillSnapError that says why and how to go on if it does not get there."
     while True:
@@ -301,7 +301,7 @@ def follow(launched: Launched, on_event: Callable[[dict], None] = lambda event: 
             raise PillSnapError(f"the training process ended with status {ended} and without a word; log: {tail or 'empty'}; go on with resume={launched.run}")
         time.sleep(0.2)
 
-# %% ../nbs/04_train.ipynb #0509da37
+# %% ../nbs/04_train.ipynb #1a8cc6a2
 def train_stage(plan: Parameters, manifest: Manifest, index: Index) -> Path:  # the complete run
     "Make the run, train it and wait; on stage 0 one training at a time, so that parallel notebooks can share it."
     with training_lock(plan):
@@ -319,7 +319,7 @@ def train_now(plan: Parameters, manifest: Manifest, index: Index) -> Path:
     follow(launch(run), live_line(f"run {run.name} is starting", plan.stage.epochs))
     return run
 
-
+# %% ../nbs/04_train.ipynb #21f14dae
 def live_line(text: str, epochs: int) -> Callable[[dict[str, Any]], None]:
     "Show one line in a notebook that follows the training; elsewhere nothing."
     import IPython
@@ -333,7 +333,7 @@ def live_line(text: str, epochs: int) -> Callable[[dict[str, Any]], None]:
             line.update({"text/plain": epoch_line(event, epochs)}, raw=True)
     return show
 
-
+# %% ../nbs/04_train.ipynb #9ab135ee
 def ensure_run(plan: Parameters) -> Path:
     "Find the run that is asked for, or the newest complete one; stage 0 trains one if there is none."
     try:
