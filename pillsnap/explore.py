@@ -7,7 +7,7 @@ __all__ = ['TABLES', 'INDEX_FORMAT', 'Index', 'build_index', 'hash_tables', 'sav
            'count_kinds', 'count_problems', 'count_drugs', 'summarise', 'plot_conditions', 'plot_tail', 'plot_sizes',
            'show_drugs', 'show_photos']
 
-# %% ../nbs/01_explore.ipynb #2f33e819
+# %% ../nbs/01_explore.ipynb #8b08eebd
 import os
 import shutil
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .aihub import REMEDIES, Tables, join_tables, read_photo, read_root, walk_files
+from .aihub import REMEDIES, FileEntry, Tables, join_tables, read_photo, read_root, walk_files
 from .core import Settings, content_hash, lock, read_json, write_json
 from .synthetic import ensure_synthetic
 from .viz import image_grid, new_figure, plot_bars, plot_histograms
@@ -34,12 +34,14 @@ class Index:
 TABLES = ("images", "pills", "drugs", "problems")
 INDEX_FORMAT = 1  # raise it when reading changes
 
-# %% ../nbs/01_explore.ipynb #4f2ae26d
+# %% ../nbs/01_explore.ipynb #b3b3ce44
 def build_index(
     roots: list[Path],
+    listings: list[list[FileEntry]] | None = None,  # the roots' files, if they were walked already
 ) -> Index:
     "Read all data roots; raises PillSnapError where a root holds no known layout."
-    tables = join_tables([read_root(root, number) for number, root in enumerate(roots)])
+    listings = listings or [walk_files(root) for root in roots]
+    tables = join_tables([read_root(root, number, files) for number, (root, files) in enumerate(zip(roots, listings))])
     return Index(roots, tables, hash_tables(tables))
 
 
@@ -64,19 +66,20 @@ def load_index(folder: Path) -> Index:
     info = read_json(folder / "index.json")
     return Index([Path(r) for r in info["roots"]], Tables(*(pd.read_parquet(folder / f"{name}.parquet") for name in TABLES)), info["hash"])
 
-# %% ../nbs/01_explore.ipynb #09cae3c4
+# %% ../nbs/01_explore.ipynb #5a8d10be
 def ensure_index(
     roots: list[Path],  # [] means: generated data
     settings: Settings,
 ) -> Index:
     "Return the index of the roots, building it under a lock if files are new or changed."
     roots = roots or [ensure_synthetic(settings)]
-    listing = [[f.path, f.size, f.mtime_ns] for root in roots for f in walk_files(root)]
+    listings = [walk_files(root) for root in roots]
+    listing = [[f.path, f.size, f.mtime_ns] for files in listings for f in files]
     place = content_hash([str(r) for r in roots])
     folder = settings.work / "index" / f"{place}-{content_hash(INDEX_FORMAT, listing)}"
     with lock(settings, f"index-{place}"):
         if not folder.exists():
-            save_index(build_index(roots), folder)
+            save_index(build_index(roots, listings), folder)
             for old in folder.parent.glob(f"{place}-*"):
                 if old != folder:
                     shutil.rmtree(old)

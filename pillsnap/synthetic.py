@@ -84,7 +84,7 @@ def single_look(
     return Look(number, shape, colours, 1.0, round(long, 1), round(min(short, long), 1), round(rng.uniform(3.2, 5.2), 1), float(rng.uniform(0.35, 1)),
                 (imprint_text(rng), imprint_text(rng)), str(rng.choice(["남색", "빨강", "회색"])) if printed else "", score, float(rng.uniform(0, 1)), backgrounds)
 
-# %% ../nbs/00d_synthetic.ipynb #c634858c
+# %% ../nbs/00d_synthetic.ipynb #ae6cb899
 TWINS = {2: "shade", 6: "shade", 10: "shade", 13: "imprint", 15: "imprint"}  # place in sixteen: how it differs from the drug before
 
 
@@ -94,9 +94,11 @@ def make_looks(
 ) -> list[Look]:  # n looks, no two alike
     "Draw the looks of `n` drugs, with families that differ only by imprint or only by shade."
     looks: list[Look] = []
+    place = 0  # among the drugs that are no twins
     for i in range(n):
         twin = TWINS.get(i % 16)
-        look = single_look(FIRST_CODE + i, seed, sum((j % 16) not in TWINS for j in range(i)))
+        look = single_look(FIRST_CODE + i, seed, place)
+        place += twin is None
         if twin:
             look = replace(looks[-1], number=look.number, **({"imprint": look.imprint} if twin == "imprint" else {"shade": 0.72}))
         looks.append(look)
@@ -370,7 +372,7 @@ def photo_single(
     placed = Placed(look, side, x, y, w / 34 * rng.normal(1, 0.03), start + math.radians(longitude) + rng.normal(0, 0.03))
     return take_photo([placed], back, LIGHTS[light], latitude, shape, rng)
 
-# %% ../nbs/00d_synthetic.ipynb #61eb6a38
+# %% ../nbs/00d_synthetic.ipynb #93b59ce4
 def arrange_trays(
     looks: Sequence[Look],
     trays: int,
@@ -382,6 +384,7 @@ def arrange_trays(
         raise PillSnapError(f"{len(looks)} drugs make {possible} different trays, {trays} were asked for")
     rng = np.random.default_rng([seed, 3])
     trays_made: list[tuple[Look, ...]] = []
+    seen: set[frozenset[int]] = set()
     while len(trays_made) < trays:
         size = 4 if len(looks) > 3 and rng.random() < 0.85 else 3
         keep = list(trays_made[-1][: size - 1]) if trays_made and rng.random() < 0.8 else []
@@ -389,7 +392,8 @@ def arrange_trays(
         chosen = keep + [rest[i] for i in rng.permutation(len(rest))[: size - len(keep)]]
         rng.shuffle(chosen)
         tray = tuple(chosen)
-        if {x.number for x in tray} not in [{x.number for x in t} for t in trays_made]:
+        if (drugs := frozenset(x.number for x in tray)) not in seen:
+            seen.add(drugs)
             trays_made.append(tray)
     return [tuple(sorted(t, key=lambda x: x.number)) for t in trays_made]
 
