@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['NOTEBOOKS', 'app', 'StageOption', 'DataOption', 'OverridesOption', 'notebook_parameters', 'choose_notebook',
            'check_request', 'show_progress', 'show_event', 'forward_signals', 'training_pid', 'launched_since',
-           'execute', 'report_run', 'publish', 'absolute_paths', 'run_notebook', 'run', 'synth', 'index', 'report',
-           'main']
+           'execute', 'report_run', 'publish', 'absolute_paths', 'read_ahead', 'run_notebook', 'run', 'synth', 'index',
+           'save_problems', 'report', 'main']
 
-# %% ../nbs/10_cli.ipynb #b34551dd
+# %% ../nbs/10_cli.ipynb #f8663d1a
 import ast
 import os
 import signal
@@ -23,7 +23,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .core import (PillSnapError, Settings, Stage, data_roots, find_run, get_stage, list_runs, load_settings, open_roots, read_events, read_json, read_metrics,
+from .core import (PillSnapError, atomic_path, Settings, Stage, data_roots, find_run, get_stage, list_runs, load_settings, open_roots, read_events, read_json, read_metrics,
                            stale_modules, suggest, tail_events, write_json)
 
 # %% ../nbs/10_cli.ipynb #476638c6
@@ -169,12 +169,27 @@ def publish(out: Path, key: str, settings: Settings, run: Path | None) -> Path:
     write_index(settings.reports)
     return page
 
-# %% ../nbs/10_cli.ipynb #8dc46654
+# %% ../nbs/10_cli.ipynb #d102e161
 def absolute_paths(given: dict[str, Any]) -> dict[str, Any]:
     "Make folders absolute: the notebook runs in another folder than the person."
     paths = {"data_root": lambda text: os.pathsep.join(str(Path(p).expanduser().resolve()) for p in text.split(os.pathsep) if p),
+             "ministry": lambda text: str(Path(text).expanduser().resolve()),
              "resume": lambda text: text if text in ("none", "auto") else str(Path(text).expanduser().resolve())}
     return given | {name: make(given[name]) for name, make in paths.items() if given.get(name)}
+
+
+def read_ahead(notebook: Path, stage: Stage, given: dict[str, Any], settings: Settings) -> None:
+    "Do the long reading of data here, where a terminal shows its progress; the notebook then finds it done, and reports what is wrong."
+    if notebook.stem not in (NOTEBOOKS["explore"], NOTEBOOKS["manifest"]) or not sys.stderr.isatty():
+        return
+    from pillsnap.index import ensure_index, inspect_index
+    from pillsnap.manifest import make_manifest
+
+    try:
+        index = ensure_index(data_roots(stage, given.get("data_root", ""), settings), settings)
+        inspect_index(index, given.get("check", "sample")) if notebook.stem == NOTEBOOKS["explore"] else make_manifest(index, stage)
+    except PillSnapError:
+        pass  # the notebook meets the same error and writes it into the report
 
 
 def run_notebook(name: str, given: dict[str, Any]) -> int:  # exit status
@@ -189,6 +204,7 @@ def run_notebook(name: str, given: dict[str, Any]) -> int:  # exit status
     find = (lambda: launched_since(settings, stage.key, begun)) if training else None
     out, start = settings.reports / stage.key / notebook.name, time.perf_counter()
     print(f"{notebook.stem} · {stage.key}", file=sys.stderr, flush=True)
+    read_ahead(notebook, stage, given, settings)
     error = execute(notebook, out, given, find, settings.project)
     print(f"{publish(out, stage.key, settings, None if error else report_run(notebook, settings, stage.key, given))}  ({time.perf_counter() - start:.0f} s)", flush=True)
     if error:
@@ -202,7 +218,7 @@ StageOption = Annotated[str, typer.Option("--stage", help="Row of the stage tabl
 DataOption = Annotated[str, typer.Option("--data-root", help=f"Folder(s) with the data, separated by '{os.pathsep}'. Default: PILLSNAP_DATA_ROOT; stage 0 draws its own.")]
 OverridesOption = Annotated[str, typer.Option("--overrides", help='Fields of the stage, as "epochs=3 lr=1e-3".')]
 
-# %% ../nbs/10_cli.ipynb #c195d046
+# %% ../nbs/10_cli.ipynb #abfe0857
 @app.command()
 def run(
     notebook: Annotated[str, typer.Argument(help="explore, manifest, train or evaluate.")],
@@ -212,15 +228,17 @@ def run(
     resume: Annotated[str, typer.Option("--resume", help="train: none, auto, or a run folder.")] = "",
     overrides: OverridesOption = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="manifest: show the sample, write nothing.")] = False,
+    check: Annotated[str, typer.Option("--check", help="explore: label files and pictures to open: names, sample or all.")] = "",
+    ministry: Annotated[str, typer.Option("--ministry", help="explore: CSV of the Ministry's pill table to compare with.")] = "",
 ) -> None:
     """Run one stage notebook and write its report.
 
     Examples: `pillsnap run train --stage 3` · `pillsnap run manifest --stage 1 --dry-run` · `pillsnap run train --stage 3 --resume auto`
     """
-    values = dict(data_root=data_root, run=run, resume=resume, overrides=overrides, dry_run=dry_run)
+    values = dict(data_root=data_root, run=run, resume=resume, overrides=overrides, dry_run=dry_run, check=check, ministry=ministry)
     raise typer.Exit(run_notebook(notebook, {"stage": stage} | {k: v for k, v in values.items() if v}))
 
-# %% ../nbs/10_cli.ipynb #1d727e8d
+# %% ../nbs/10_cli.ipynb #bf06bf16
 @app.command()
 def synth(
     out: Annotated[Path, typer.Argument(help="A new folder.")],
@@ -229,10 +247,16 @@ def synth(
     trays: Annotated[int, typer.Option(min=0, help="Arrangements of three or four pills, three photos each.")] = 40,
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds and versions give equal bytes.")] = 7,
     width: Annotated[int, typer.Option(min=64, max=4000, help="Width of a photo in px; the height is 1.31 times that.")] = 320,
+    val_drugs: Annotated[int, typer.Option(min=0, help="Drugs, of those, that form an official Validation part.")] = 0,
+    names: Annotated[str, typer.Option(help="Folder names: english, or korean as shipped.")] = "english",
+    nfd: Annotated[bool, typer.Option("--nfd", help="Korean folder names in NFD, as a Mac writes them.")] = False,
+    zips: Annotated[str, typer.Option(help="Leave in ZIPs: none, all, images, labels.")] = "none",
+    cp949: Annotated[bool, typer.Option("--cp949", help="Entry names of the ZIPs in cp949, as Korean Windows tools write them.")] = False,
+    defects: Annotated[bool, typer.Option("--defects", help="Plant every kind of defect of the real data and write down which in defects.csv.")] = False,
 ) -> None:
     """Draw a data set in the AIHub form.
 
-    Example: `pillsnap synth work/drawn --drugs 12 --views 48 --trays 40 --seed 7`
+    Examples: `pillsnap synth work/drawn --drugs 12 --views 48 --trays 40 --seed 7` · `pillsnap synth work/bad --names korean --zips all --defects`
     """
     from rich.progress import Progress
 
@@ -240,26 +264,51 @@ def synth(
 
     with Progress(disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("drawing", total=drugs * views + 3 * trays)
-        drawn = synthesise(out, SynthSpec(drugs, views, trays, seed, width), on_progress=lambda photos: bar.advance(task, photos))
+        drawn = synthesise(out, SynthSpec(drugs, views, trays, seed, width, val_drugs, names, nfd, zips, cp949, defects), on_progress=lambda photos: bar.advance(task, photos))
     print(f"{drawn['photos']} photos in {out} ({drawn['photos_per_s']} a second)")
 
-# %% ../nbs/10_cli.ipynb #dae843cb
+# %% ../nbs/10_cli.ipynb #5a5b5c2b
 @app.command()
 def index(
     data_root: Annotated[str, typer.Argument(help="Folder(s) with the data; default PILLSNAP_DATA_ROOT.")] = "",
+    check: Annotated[str, typer.Option("--check", help="Label files and pictures to open: names (none), sample (a few of each drug), all.")] = "sample",
+    problems: Annotated[Path | None, typer.Option("--problems", help="Write every problem with its file and remedy to this CSV.")] = None,
+    ministry: Annotated[Path | None, typer.Option("--ministry", help="CSV of the Ministry's pill table: list where it differs from the labels.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="List every folder again, for file systems that do not keep a folder's time of change.")] = False,
 ) -> None:
-    """Index the data roots and say what is there and what cannot be used.
+    """Index the data roots, folders or unextracted ZIPs, and say what is there and what cannot be used.
 
-    Example: `pillsnap index /data/aihub166`
+    Examples: `pillsnap index /data/aihub166` · `pillsnap index /data/aihub166 --check all --problems problems.csv`
     """
-    from pillsnap.explore import count_kinds, count_problems, ensure_index, summarise
+    from pillsnap.drugs import compare_ministry, join_ministry, read_ministry
+    from pillsnap.index import all_problems, choose_rows, count_kinds, count_parts, count_problems, ensure_index, estimate, inspect_index, stage_outlook, summarise
 
     settings = load_settings()
     roots = open_roots(data_root or settings.data_root)
     if not roots:
         raise PillSnapError("no data root: give a folder, or set PILLSNAP_DATA_ROOT in .env")
-    found = ensure_index(roots, settings)
-    print(summarise(found).to_string(), count_kinds(found.tables).to_string(), count_problems(found.tables)[["count", "example", "remedy"]].to_string(), sep="\n\n")
+    found = ensure_index(roots, settings, full)
+    choose_rows(found.tables.images.iloc[:0], check)
+    if sys.stderr.isatty():
+        print(f"to read, by {check!r}, as estimated from a few files:", estimate(found, check).to_string(), sep="\n", end="\n\n", file=sys.stderr)
+    seen = inspect_index(found, check)
+    wrong = all_problems(found, seen)
+    print(summarise(found, seen).to_string(), count_kinds(found.tables.images).to_string(), count_parts(found.tables.images).to_string(), stage_outlook(found).to_string(),
+          count_problems(wrong)[["count", "example", "remedy"]].to_string() if len(wrong) else "no problem found", sep="\n\n")
+    if ministry:
+        print("", compare_ministry(join_ministry(seen.drugs, read_ministry(ministry))).to_string(), sep="\n")
+    if problems:
+        save_problems(wrong, problems)
+
+# %% ../nbs/10_cli.ipynb #34cc5e06
+def save_problems(wrong: Any, path: Path) -> None:
+    "Write the table of problems as CSV, whole or not at all."
+    from pillsnap.aihub import REMEDIES
+    from pillsnap.drugs import REGISTRY_REMEDIES
+
+    with atomic_path(path) as part:
+        wrong.assign(remedy=wrong.what.map(REMEDIES | REGISTRY_REMEDIES)).to_csv(part, index=False)
+    print(f"{int(wrong['count'].sum())} problems in {path}")
 
 # %% ../nbs/10_cli.ipynb #f4816c42
 @app.command()

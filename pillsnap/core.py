@@ -5,14 +5,17 @@
 # %% auto #0
 __all__ = ['V2_S', 'V2_L', 'GPU', 'STAGES', 'PillSnapError', 'suggest', 'number', 'choice', 'Stage', 'stage_table', 'field_table',
            'parse_overrides', 'split_words', 'parse_gates', 'get_stage', 'find_project', 'Settings', 'load_settings',
-           'open_roots', 'data_roots', 'atomic_path', 'write_json', 'read_json', 'content_hash', 'lock', 'new_run',
+           'open_roots', 'data_roots', 'disk_errors', 'sync_folder', 'sync_file', 'atomic_path', 'write_json',
+           'read_json', 'atomic_folder', 'show_work', 'show_line', 'display_text', 'content_hash', 'lock', 'new_run',
            'git_state', 'installed_versions', 'describe_run', 'append_event', 'parse_event', 'read_events',
            'tail_events', 'run_state', 'list_runs', 'find_run', 'write_metrics', 'read_metrics', 'injected_names',
            'exported_source', 'stale_modules', 'Parameters', 'read_parameters', 'pick_device']
 
-# %% ../nbs/00_core.ipynb #0f653051
+# %% ../nbs/00_core.ipynb #ee95ef21
 import ast
+import builtins
 import difflib
+import errno
 import hashlib
 import json
 import os
@@ -20,9 +23,12 @@ import platform
 import re
 import secrets
 import shlex
+import shutil
 import socket
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from datetime import datetime, timezone
@@ -273,22 +279,48 @@ def data_roots(
         raise PillSnapError(f"stage {stage.stage} needs data: set PILLSNAP_DATA_ROOT in .env, or give data_root (--data-root FOLDER)")
     return open_roots(text)
 
-# %% ../nbs/00_core.ipynb #d0e06c06
+# %% ../nbs/00_core.ipynb #234ff580
+@contextmanager
+def disk_errors(
+    path: Path,  # what is being written
+) -> Iterator[None]:
+    "Turn a full disk into a PillSnapError that says what to do; other errors pass."
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise PillSnapError(f"no space left for {path}: nothing was written, what was there before stays; free space, or set PILLSNAP_WORK to another disk") from None
+
+
+def sync_folder(folder: Path) -> None:
+    "Flush a folder's entries to the disk."
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_file(path: Path) -> None:
+    "Flush a file's content to the disk."
+    with open(path, "rb+") as f:
+        os.fsync(f.fileno())
+
+# %% ../nbs/00_core.ipynb #3101a281
 @contextmanager
 def atomic_path(
     path: Path,  # the final name
 ) -> Iterator[Path]:  # a temporary name beside it; renamed when the block ends well
-    "Write a file whole or not at all: temporary name, fsync of file and folder, rename."
+    "Write a file whole or not at all: temporary name, fsync of file and folder, rename; a full disk is a PillSnapError."
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(3)}.part")
     try:
-        yield part
-        with open(part, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(part, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        with disk_errors(path):
+            yield part
+            sync_file(part)
+            os.replace(part, path)
+        sync_folder(path.parent)
     finally:
         part.unlink(missing_ok=True)
 
@@ -305,6 +337,81 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as e:
         raise PillSnapError(f"{path} cannot be read: {e}") from None
+
+# %% ../nbs/00_core.ipynb #896564ab
+@contextmanager
+def atomic_folder(
+    path: Path,  # the final name; an older folder of that name is replaced
+) -> Iterator[Path]:  # an empty folder beside it; renamed when the block ends well
+    "Write a folder whole or not at all: temporary name, fsync of every file, rename; a full disk is a PillSnapError."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(3)}.part")
+    old = part.with_suffix(".old")
+    try:
+        with disk_errors(path):
+            part.mkdir()
+            yield part
+            for file in filter(Path.is_file, part.rglob("*")):
+                sync_file(file)
+            if path.exists():
+                os.replace(path, old)
+            os.replace(part, path)
+        sync_folder(path.parent)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+# %% ../nbs/00_core.ipynb #8b698bc0
+@contextmanager
+def show_work(
+    what: str,  # "reading labels"
+    total: int,  # units of work
+) -> Iterator[Callable[[int], None]]:  # call it with the number of units just done
+    "Show progress, rate and time left while the block runs."
+    if "get_ipython" in vars(builtins) or not sys.stderr.isatty():
+        with show_line(what, total) as advance:
+            yield advance
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total, rate="")
+
+        def advance(n: int) -> None:
+            bar.advance(task, n)
+            bar.update(task, rate=f"{bar.tasks[0].speed or 0:,.0f} a second")
+        yield advance
+
+# %% ../nbs/00_core.ipynb #e9fb4839
+@contextmanager
+def show_line(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    "Show progress as one line of a notebook, updated at most twice a second and taken away at the end."
+    shell = vars(builtins).get("get_ipython", lambda: None)()
+    line, done, start, shown = None, 0, time.perf_counter(), time.perf_counter()
+
+    def advance(n: int) -> None:
+        nonlocal line, done, shown
+        done, now = done + n, time.perf_counter()
+        if shell is None or now - shown < 0.5:
+            return
+        text = f"{what}: {done:,} of {total:,} · {done / (now - start):,.0f} a second · {(total - done) * (now - start) / done:,.0f} s left"
+        line, shown = display_text(text, line), now
+    yield advance
+    if line is not None:
+        display_text("", line)
+
+
+def display_text(text: str, handle: Any = None) -> Any:  # the handle to update it with
+    "Show a line of text in a notebook, or change it."
+    from IPython.display import HTML, display
+
+    content = HTML(f"<small>{text}</small>" if text else "")
+    if handle is None:
+        return display(content, display_id=True)
+    handle.update(content)
+    return handle
 
 # %% ../nbs/00_core.ipynb #e655bb45
 def content_hash(*parts: Any) -> str:  # 16 hex digits

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['make_augmentation', 'cut_randomly', 'PillDataset', 'epoch_order', 'stack', 'batches', 'quiet_worker']
 
-# %% ../nbs/03a_data.ipynb #865418d5
+# %% ../nbs/03a_data.ipynb #e8773c8b
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .aihub import read_photo
+from .aihub import pill_source, read_photo
 from .core import PillSnapError
 from .preprocess import Preprocess, cut_square
 
@@ -56,11 +56,11 @@ def cut_randomly(
     transform.set_random_seed(int(rng.integers(2**31)))
     return transform(image=crop)["image"]
 
-# %% ../nbs/03a_data.ipynb #ddc7152d
+# %% ../nbs/03a_data.ipynb #48621e21
 @dataclass(eq=False)
 class PillDataset(Dataset):
     "Pills as (uint8 square or None if skipped, label, row); in training cut randomly, otherwise fixed."
-    pills: pd.DataFrame  # rows of a manifest: root, image, x, y, w, h, label
+    pills: pd.DataFrame  # rows of a manifest: root, image, offset, packed, x, y, w, h, label
     roots: Sequence[Path]
     pre: Preprocess
     augment: float = 0.0  # strength; 0 is the evaluation's cut
@@ -71,19 +71,16 @@ class PillDataset(Dataset):
     def __post_init__(self):
         self.pills = self.pills.reset_index(drop=True)
         self.boxes = self.pills[["x", "y", "w", "h"]].to_numpy(float)
+        self.sources = [pill_source(pill, self.roots) for pill in self.pills.itertuples()]
         self.transform = make_augmentation(self.augment) if self.augment else None
 
     def __len__(self) -> int:
         return len(self.pills)
 
-    def path(self, row: int) -> Path:
-        "Give the photo a row comes from."
-        return self.roots[int(self.pills.root[row])] / self.pills.image[row]
-
     def __getitem__(self, row: int) -> tuple[np.ndarray | None, int, int]:
         label = int(self.pills.label[row])
         try:
-            return self.cut(read_photo(self.path(row)), self.boxes[row], row), label, row
+            return self.cut(read_photo(self.sources[row]), self.boxes[row], row), label, row
         except PillSnapError:
             if not self.skip_unreadable:
                 raise

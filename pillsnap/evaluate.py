@@ -9,7 +9,7 @@ __all__ = ['MAY_CHANGE', 'RUNGS', 'interval', 'calibration_bins', 'expected_cali
            'slice_table', 'confused_pairs', 'confusion_counts', 'plot_confusions', 'mistakes', 'check_gates',
            'background_metrics', 'Evaluation', 'show_mistakes', 'evaluate_run', 'tidy', 'gate_table', 'metric_table']
 
-# %% ../nbs/05_evaluate.ipynb #bf868174
+# %% ../nbs/05_evaluate.ipynb #0b943efd
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve, precision_recall_fscore_support, roc_auc_score, roc_curve
 
-from .aihub import read_photo
+from .aihub import pill_source, read_photo
 from .classifier import load_classifier, predict, score, softmax
 from .core import Parameters, PillSnapError, Stage, append_event, open_roots, parse_overrides, pick_device, read_events, read_json, read_metrics, write_metrics
 from .data import PillDataset, batches
@@ -260,12 +260,12 @@ def plot_confusions(p: Predictions, classes: list[str]) -> Figure:
     part = f", the {len(shown)} most confused of {len(names)}" if len(names) > len(shown) else ""
     return plot_confusion(counts[np.ix_(shown, shown)], [names[i] for i in shown], f"{(~p.pills.right).sum()} of {len(p.pills)} pills wrong{part}")
 
-# %% ../nbs/05_evaluate.ipynb #5994a864
+# %% ../nbs/05_evaluate.ipynb #35de17f1
 def mistakes(evaluated: Evaluated, p: Predictions, pills: int) -> tuple[list[np.ndarray], list[str], list[bool]]:  # crops, titles, whether wrong
     "Cut the mistakes the model was surest of; without mistakes, the least sure answers."
     classes, wrong = evaluated.manifest.classes, p.pills[~p.pills.right].sort_values("confidence", ascending=False)
     rows = (wrong if len(wrong) else p.pills.sort_values("confidence")).head(pills)
-    crops = [evaluated.pre.cut(read_photo(evaluated.roots[r.root] / r.image), (r.x, r.y, r.w, r.h)) for r in rows.itertuples()]
+    crops = [evaluated.pre.cut(read_photo(pill_source(r, evaluated.roots)), (r.x, r.y, r.w, r.h)) for r in rows.itertuples()]
     return crops, [f"is {r.k_code}\nsaid {classes[r.pred]}\n{r.confidence:.2f}" for r in rows.itertuples()], (~rows.right).tolist()
 
 # %% ../nbs/05_evaluate.ipynb #6c2febcd

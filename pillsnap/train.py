@@ -8,7 +8,7 @@ __all__ = ['prepare_run', 'as_command', 'fits', 'resumable', 'Job', 'classifier_
            'Launched', 'launch', 'follow', 'train_stage', 'training_lock', 'train_now', 'live_line', 'ensure_run',
            'epoch_table', 'plot_training', 'show_batch', 'summarise_run']
 
-# %% ../nbs/04_train.ipynb #8268b5e7
+# %% ../nbs/04_train.ipynb #72d7c41e
 import contextlib
 import os
 import shlex
@@ -34,7 +34,7 @@ from .core import (PillSnapError, Parameters, Stage, append_event, describe_run,
                            read_json, read_metrics, run_state, stale_modules, tail_events, write_json, write_metrics)
 from .data import PillDataset, batches, epoch_order
 from .engine import Training, load_checkpoint, save_checkpoint, start_training, train_epoch
-from .explore import Index, ensure_index
+from .index import Index, ensure_index
 from .manifest import Manifest, ensure_manifest, load_manifest, save_manifest
 from .preprocess import Preprocess
 from .viz import image_grid, plot_curves

@@ -1,5 +1,6 @@
 "What a person meets at the command line: refusals, exit statuses, reports of failed notebooks, the base install."
 import json
+import os
 import re
 import subprocess
 import sys
@@ -44,8 +45,8 @@ def test_a_failed_notebook_gets_its_report(pillsnap, tmp_path):
     (tmp_path / "empty").mkdir()
     done = pillsnap("run", "explore", "--data-root", tmp_path / "empty", "--overrides", "name=empty")
     page = (tmp_path / "reports/stage_0-empty/01_explore.html").read_text("utf-8")
-    assert done.returncode == 1 and "neither AIHub photos" in done.stderr
-    assert page.index("neither AIHub photos") < page.index("<main>") and ">failed<" in page
+    assert done.returncode == 1 and "what is read: AIHub photos" in done.stderr
+    assert page.index("what is read: AIHub photos") < page.index("<main>") and ">failed<" in page
     assert "01_explore" in (tmp_path / "reports/index.html").read_text("utf-8")
 
 
@@ -87,10 +88,16 @@ def test_the_base_install_answers_help():
     assert done.returncode == 0 and "synth" in done.stdout
 
 
-def test_the_base_install_says_what_is_missing(tmp_path):
-    code = BASE + f"sys.argv = ['pillsnap', 'index', {str(tmp_path)!r}]; from pillsnap.cli import main; main()"
+def test_the_base_install_says_what_is_missing():
+    code = BASE + "sys.argv = ['pillsnap', 'run', 'explore']; from pillsnap.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT)
     assert done.returncode != 0 and "[train]" in done.stderr
+
+
+def test_the_base_install_indexes(tree, environ):
+    code = BASE + f"sys.argv = ['pillsnap', 'index', {str(tree)!r}, '--check', 'all']; from pillsnap.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT, env=os.environ | environ)
+    assert done.returncode == 0 and "AIHub 166, English names" in done.stdout, done.stderr
 
 
 def test_core_imports_nothing_heavy():

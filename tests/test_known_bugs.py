@@ -15,14 +15,16 @@ import pytest
 import torch
 from PIL import Image
 
-from pillsnap.aihub import read_aihub, read_photo, read_root
+from pillsnap.aihub import pill_source, read_photo
 from pillsnap.classifier import build_classifier, load_classifier, save_classifier
 from pillsnap.core import PillSnapError, STAGES, get_stage, read_events
 from pillsnap.data import PillDataset, make_augmentation
 from pillsnap.engine import load_checkpoint
 from pillsnap.drugs import registry_row, split_edi
 from pillsnap.evaluate import open_run
-from pillsnap.explore import build_index
+from pillsnap.files import Source
+from pillsnap.index import build_index
+from pillsnap.inspection import inspect, inspect_photo
 from pillsnap.manifest import byte_leaks, csv_bytes, group_leaks, make_manifest, pose_leaks, prove_no_leak
 from pillsnap.preprocess import Preprocess, cut_square
 from pillsnap.train import classifier_pills, fit, make_job, prepare_run
@@ -38,15 +40,21 @@ def manifest(index, plan):
     return make_manifest(index, plan().stage)
 
 
+@pytest.fixture(scope="session")
+def seen(index):
+    return inspect(index.tables, index.roots)
+
+
 def trays(tables):
     return tables.images[tables.images.kind == "combination"]
 
 
 class TestTrays:
-    def test_a_tray_keeps_every_pill(self, index):
+    def test_a_tray_keeps_every_pill(self, seen):
         "Labels of one tray share a stem: reading them into one slot keeps the last of four."
-        for tray in trays(index.tables).itertuples():
-            pills = index.tables.pills[index.tables.pills.image == tray.image]
+        assert len(trays(seen))
+        for tray in trays(seen).itertuples():
+            pills = seen.pills[seen.pills.row == tray.Index]
             assert sorted(pills.k_code) == sorted(tray.codes.split())
             assert len(pills.drop_duplicates(list("xywh"))) == len(tray.codes.split())  # each its own box
 
@@ -77,18 +85,18 @@ class TestTrays:
             label["annotations"][0]["category_id"] = 7
             label["categories"] = [{"id": 7, "name": "anything"}]
             path.write_text(json.dumps(label), "utf-8")
-        assert set(read_aihub(root).pills.k_code) == {"K-900001", "K-900002", "K-900003", "K-900004"}
+        assert set(inspect(build_index([root]).tables, [root]).pills.k_code) == {"K-900001", "K-900002", "K-900003", "K-900004"}
 
 
 class TestSplit:
     def test_a_split_by_photo_is_refused(self, index, plan, manifest):
         "Neighbouring frames on both sides: what `no equal path` calls no leak."
-        images = manifest.pills.drop_duplicates("image").assign(codes=lambda t: t.group.str.extract(r"(K-\d{6})")[0], bytes=range(manifest.pills.image.nunique()))
-        prove_no_leak(images, index.roots)
+        images = manifest.pills.drop_duplicates("image").assign(codes=lambda t: t.group.str.extract(r"(K-\d{6})")[0], digest=range(1, manifest.pills.image.nunique() + 1))
+        prove_no_leak(images)
         by_photo = images.assign(split=np.random.default_rng(0).choice(["train", "val", "test"], len(images), p=[0.7, 0.15, 0.15]))
         assert len(group_leaks(by_photo)) and len(pose_leaks(by_photo))
         with pytest.raises(PillSnapError, match="the split leaks"):
-            prove_no_leak(by_photo, index.roots)
+            prove_no_leak(by_photo)
 
     def test_views_of_one_tray_stay_together(self, manifest):
         rows = manifest.pills[manifest.pills.kind == "combination"]
@@ -104,10 +112,12 @@ class TestSplit:
     def test_equal_bytes_on_two_sides_are_found(self, tmp_path):
         Image.fromarray(np.full((8, 8, 3), 9, np.uint8)).save(tmp_path / "a.png")
         shutil.copy(tmp_path / "a.png", tmp_path / "b.png")
-        size = (tmp_path / "a.png").stat().st_size
-        images = pd.DataFrame({"root": 0, "image": ["a.png", "b.png"], "bytes": size, "split": ["train", "test"]})
-        assert len(byte_leaks(images, [tmp_path])) == 2
-        assert len(byte_leaks(images.assign(split="train"), [tmp_path])) == 0
+        digests = [inspect_photo(Source(tmp_path, name))[-1] for name in ("a.png", "b.png")]
+        images = pd.DataFrame({"photo": ["a", "b"], "digest": digests, "split": ["train", "test"]})
+        assert len(byte_leaks(images)) == 2
+        assert len(byte_leaks(images.assign(split="train"))) == 0
+        with pytest.raises(PillSnapError, match="were not read"):
+            byte_leaks(images.assign(digest=0))
 
     def test_copies_of_one_photo_stay_together(self, tmp_path, plan):
         (tmp_path / "images/train").mkdir(parents=True)
@@ -158,8 +168,8 @@ class TestManifest:
 
 
 class TestPixels:
-    def test_an_unreadable_photo_is_never_replaced(self, tree, tmp_path):
-        rows = read_aihub(tree).pills.head(2).assign(label=0)
+    def test_an_unreadable_photo_is_never_replaced(self, tree, tmp_path, manifest):
+        rows = manifest.pills.head(2).assign(label=0)
         (tmp_path / rows.image[0]).parent.mkdir(parents=True)
         (tmp_path / rows.image[0]).write_bytes((tree / rows.image[0]).read_bytes()[:2000])
         pre = Preprocess(32, 0.1)
@@ -189,10 +199,10 @@ class TestPixels:
         whole = [x for x in seen if not np.isnan(x)]  # a dot can fall into one of the holes
         assert len(whole) > 80 and set(whole) == {turn(picture)}
 
-    def test_the_box_is_used_and_the_aspect_kept(self, tree):
+    def test_the_box_is_used_and_the_aspect_kept(self, manifest, tree):
         "A whole frame squashed to a square makes every oblong pill shorter."
-        row = read_aihub(tree).pills.iloc[0]
-        photo = read_photo(tree / row.image)
+        row = manifest.pills.iloc[0]
+        photo = read_photo(pill_source(row, [tree]))
         crop = Preprocess(64, 0.0).cut(photo, row[list("xywh")])
         side = round(max(row.w, row.h))
         left, top = round(row.x + row.w / 2 - side / 2), round(row.y + row.h / 2 - side / 2)
@@ -298,7 +308,7 @@ class TestRegistry:
         (tmp_path / "data.yaml").write_text("names: [advil]\n")
         Image.new("RGB", (20, 20)).save(tmp_path / "images/a.jpg")
         (tmp_path / "labels/a.txt").write_text("0 0.5 0.5 0.5 0.5")
-        assert list(read_root(tmp_path).pills.k_code) == ["advil"]
+        assert list(build_index([tmp_path]).tables.pills.k_code) == ["advil"]
 
 
 class TestRealWorldFolders:
@@ -316,7 +326,7 @@ class TestRealWorldFolders:
         (tmp_path / "data.yaml").write_text("names: {0: advil, 1: midol}\n")
         Image.new("RGB", (20, 20)).save(photo)
         label.write_text("1 0.5 0.5 0.5 0.5")
-        tables = read_root(tmp_path)
+        tables = build_index([tmp_path]).tables
         assert list(tables.pills.k_code) == ["midol"] and tables.problems.empty
 
     def test_a_damaged_test_photo_does_not_cost_the_training(self, tree, tmp_path, plan):

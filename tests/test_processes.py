@@ -10,7 +10,7 @@ import pytest
 
 from conftest import PROJECT
 from pillsnap.core import PillSnapError, append_event, atomic_path, read_events, read_json, run_state, write_json
-from pillsnap.explore import build_index
+from pillsnap.index import build_index
 from pillsnap.manifest import make_manifest
 from pillsnap.synthetic import SynthSpec, synthesise
 from pillsnap.train import follow, launch, prepare_run
@@ -74,7 +74,7 @@ def test_one_run_is_trained_by_one_process(run):
 def test_a_failing_training_says_why(run, tree):
     record = read_json(run / "run.json")
     write_json(run / "run.json", record | {"roots": [str(tree / "nowhere")]})
-    with pytest.raises(PillSnapError, match="cannot be read"):
+    with pytest.raises(PillSnapError, match="is not there any more"):
         follow(launch(run))
     assert run_state(run) == "failed"
 
