@@ -81,7 +81,7 @@ def drug_json(
     "Give a registry row as JSON; the labels of one drug repeat the same few."
     return json.dumps(registry_row(dict(zip(DRUG_FIELDS, values))), ensure_ascii=False)
 
-# %% ../nbs/00c_aihub.ipynb #fedfc930
+# %% ../nbs/00c_aihub.ipynb #8003dd7e
 K_CODE = re.compile("K-[0-9]{6}")
 
 
@@ -112,7 +112,9 @@ def read_label(
     "Read one AIHub label; raises ValueError that says what is wrong with it."
     content, cp949 = decode_label(data)
     try:
-        (record,), (annotation,) = content["images"], content["annotations"]
+        if len(content["images"]) != 1 or len(content["annotations"]) != 1:
+            raise ValueError(f"{len(content['images'])} images and {len(content['annotations'])} annotations, not one of each")
+        record, annotation = content["images"][0], content["annotations"][0]
         code, name, (x, y, w, h) = record["dl_mapping_code"], record["file_name"], annotation["bbox"]
         size, box = (whole(record["width"]), whole(record["height"])), (whole(x), whole(y), whole(w), whole(h))
         if not (isinstance(code, str) and K_CODE.fullmatch(code) and isinstance(name, str)):

@@ -19,13 +19,14 @@ from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-# %% ../nbs/00a_viz.ipynb #df5d3e7c
+# %% ../nbs/00a_viz.ipynb #04f3c840
 SPLIT_COLOURS = {"train": "#3b6fb6", "val": "#e0982f", "test": "#2f9e76", "frame": "#b0619e", "unused": "#c9ccd1"}
 INK, SOFT, BAD = "#22262b", "#8a919a", "#c8453b"
 
 
 def set_style() -> None:
-    "Set fonts and lines; Hangul comes from the Nanum font of a package."
+    "Set fonts, lines and the width of table cells; Hangul comes from the Nanum font of a package."
+    pd.set_option("display.max_colwidth", 200)
     package = find_spec("koreanize_matplotlib").submodule_search_locations[0]
     for path in sorted((Path(package) / "fonts").glob("NanumGothic*.ttf")):
         font_manager.fontManager.addfont(str(path))
