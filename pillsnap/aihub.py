@@ -316,7 +316,7 @@ def find_labels(
     order = np.lexsort((pill[names.folder[found[paired]]], row[paired]))
     return found[paired][order], row[paired][order]
 
-# %% ../nbs/00c_aihub.ipynb #62179025
+# %% ../nbs/00c_aihub.ipynb #488cedb3
 def image_table(names: Names, photos: np.ndarray, labels: np.ndarray, roots: Mapping[int, Path]) -> pd.DataFrame:
     "Describe the photos of AIHub trees."
     words = [parse_name(f"K-000000{rest}") for rest in names.rest_words]
@@ -335,11 +335,12 @@ def image_table(names: Names, photos: np.ndarray, labels: np.ndarray, roots: Map
 
 def cut_names(names: pa.Array, chosen: np.ndarray) -> tuple[pa.ChunkedArray, tuple[np.ndarray, list[str]]]:
     "Cut the chosen names into stems and endings (places, words)."
-    files = [names.take(pa.array(chosen[i : i + CHUNK])) for i in range(0, len(chosen), CHUNK)]
-    endings = [pc.utf8_slice_codeunits(x, -4).dictionary_encode() for x in files]
-    for i, x in enumerate(files):
-        files[i] = pc.utf8_slice_codeunits(x, 0, -4)
-    return pa.chunked_array(files, pa.large_string()), encode_words(pa.chunked_array(endings, WORDS))
+    stems, endings = [], []
+    for i in range(0, len(chosen), CHUNK):
+        files = names.take(pa.array(chosen[i : i + CHUNK]))
+        stems.append(pc.utf8_slice_codeunits(files, 0, -4))
+        endings.append(pc.utf8_slice_codeunits(files, -4).dictionary_encode())
+    return pa.chunked_array(stems, pa.large_string()), encode_words(pa.chunked_array(endings, WORDS))
 
 
 def categorise(words: Sequence[str], places: np.ndarray) -> pd.Categorical:

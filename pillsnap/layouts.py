@@ -224,7 +224,7 @@ def add_coco_photo(rows: Collector, file: str, name: str, boxes: list, ends: Map
     size, n = read_size(rows, found[0])
     add_photo(rows, found[0], size, boxes, n >= 0, n)
 
-# %% ../nbs/00ca_layouts.ipynb #a322354e
+# %% ../nbs/00ca_layouts.ipynb #f7913c9c
 @dataclass(frozen=True)
 class Layout:
     "What a root holds, and how sure that is."
@@ -238,22 +238,22 @@ LOOK = 20_000  # names looked at, spread over the listing
 
 def detect_layout(files: Files) -> Layout:
     "Recognise a layout by what lies in it."
-    photos = files.names.filter(pc.match_substring_regex(files.names, r"(?i)\.(png|jpe?g)$"))
-    labels = files.names.filter(pc.ends_with(files.names, ".json"))
+    photos = np.flatnonzero(pc.match_substring_regex(files.names, r"(?i)\.(png|jpe?g)$"))
+    labels = np.flatnonzero(pc.ends_with(files.names, ".json"))
     paths = (files.path(int(i)) for i in np.flatnonzero(np.array(pc.equal(files.names, "data.yaml"), dtype=bool)))
     if find_yaml(paths) and (inside := [f for f in files.folders if "images" in f.split("/")]):
         share = np.isin(files.folder, [files.folders.index(f) for f in inside]).sum() / max(1, len(photos))
         return Layout("yolo", min(1.0, float(share)), f"a YOLO folder: data.yaml, {len(photos)} photos")
-    looked = spread(photos if len(photos) else labels)
+    looked = files.names.take(pa.array(spread(photos if len(photos) else labels)))
     fits = pc.sum(pc.match_substring_regex(looked, rf"^{NAME.pattern}(_index)?\.\w+$")).as_py() or 0
     if fits:
         return Layout("aihub", fits / len(looked), describe_aihub(files, len(photos), len(labels)))
     return Layout("coco", 1.0, f"COCO: {len(labels)} JSON files, {len(photos)} photos") if len(labels) and len(photos) else Layout("", 0.0, f"{len(files.names)} files of no known layout")
 
 
-def spread(names: pa.Array) -> pa.Array:
-    "Take at most LOOK names, evenly spread."
-    return names.take(pa.array(np.linspace(0, len(names) - 1, min(LOOK, len(names))).astype(np.int64)))
+def spread(places: np.ndarray) -> np.ndarray:
+    "Take at most LOOK of them, evenly spread."
+    return places[np.linspace(0, len(places) - 1, min(LOOK, len(places))).astype(np.int64)]
 
 # %% ../nbs/00ca_layouts.ipynb #9f4b29e6
 def describe_aihub(files: Files, photos: int, labels: int) -> str:
