@@ -267,7 +267,7 @@ def synth(
         drawn = synthesise(out, SynthSpec(drugs, views, trays, seed, width, val_drugs, names, nfd, zips, cp949, defects), on_progress=lambda photos: bar.advance(task, photos))
     print(f"{drawn['photos']} photos in {out} ({drawn['photos_per_s']} a second)")
 
-# %% ../nbs/10_cli.ipynb #5a5b5c2b
+# %% ../nbs/10_cli.ipynb #6e80d637
 @app.command()
 def index(
     data_root: Annotated[str, typer.Argument(help="Folder(s) with the data; default PILLSNAP_DATA_ROOT.")] = "",
@@ -280,6 +280,8 @@ def index(
 
     Examples: `pillsnap index /data/aihub166` · `pillsnap index /data/aihub166 --check all --problems problems.csv`
     """
+    import pandas as pd
+
     from pillsnap.drugs import compare_ministry, join_ministry, read_ministry
     from pillsnap.index import all_problems, choose_rows, count_kinds, count_parts, count_problems, ensure_index, estimate, inspect_index, stage_outlook, summarise
 
@@ -293,6 +295,7 @@ def index(
         print(f"to read, by {check!r}, as estimated from a few files:", estimate(found, check).to_string(), sep="\n", end="\n\n", file=sys.stderr)
     seen = inspect_index(found, check)
     wrong = all_problems(found, seen)
+    pd.set_option("display.max_colwidth", None)
     print(summarise(found, seen).to_string(), count_kinds(found.tables.images).to_string(), count_parts(found.tables.images).to_string(), stage_outlook(found).to_string(),
           count_problems(wrong)[["count", "example", "remedy"]].to_string() if len(wrong) else "no problem found", sep="\n\n")
     if ministry:

@@ -39,7 +39,7 @@ def plot_conditions(images: pd.DataFrame) -> Figure:
     figure.suptitle("photos by capture condition", x=0.01, ha="left", fontsize=11)
     return figure
 
-# %% ../nbs/01_explore.ipynb #322a34d2
+# %% ../nbs/01_explore.ipynb #56b8d863
 def plot_tail(index: Index) -> Figure:
     "Draw photos per drug, most first: the long tail."
     photos = count_drugs(index).photos
@@ -53,7 +53,8 @@ def plot_backgrounds(index: Index) -> Figure:
     "Draw on which backgrounds drugs were photographed: one alone is a shortcut."
     table = count_backgrounds(index.tables.images)
     one = table.drugs[~table.index.str.contains(" ")].sum() / max(1, table.drugs.sum())
-    return plot_bars(table.drugs, f"{one:.0%} of the drugs were photographed on one background only", "drugs")
+    title = f"{one:.0%} of the drugs were photographed on one background only" if len(table) else "backgrounds are not known: there are no studio singles"
+    return plot_bars(table.drugs, title, "drugs")
 
 # %% ../nbs/01_explore.ipynb #8b659e1b
 def plot_sizes(seen: Tables) -> Figure:

@@ -69,8 +69,8 @@ def build_index(
     places = content_hash(hash_table(tables.images[["root", "folder", "offset"]]), hash_table(tables.labels))
     return Index(list(roots), tables, layouts, content_hash(hash_table(tables.images[IDENTITY]), hash_table(tables.pills)), places, store)
 
-# %% ../nbs/00db_index.ipynb #f86feec8
-INDEX_FORMAT = 2  # raise it when reading changes
+# %% ../nbs/00db_index.ipynb #21fde6b4
+INDEX_FORMAT = 3  # raise it when reading changes
 
 
 def small_stamps(roots: Sequence[Path], files: Sequence[Files], layouts: Sequence[Layout]) -> str:
@@ -199,7 +199,7 @@ def estimate(index: Index, check: str = "all") -> pd.DataFrame:  # rows labels, 
     table = {"labels": (len(labels), len(labels) * label_s, len(labels) * 1e-6, len(labels) * 4e-5), "pictures": (len(photos), len(photos) * photo_s, len(photos) * size / 1e9, len(photos) * 4e-5)}
     return pd.DataFrame(table, index=["files", "seconds", "read_GB", "kept_MB"]).T.round(2)
 
-# %% ../nbs/00db_index.ipynb #ea85f58f
+# %% ../nbs/00db_index.ipynb #8c275224
 def count_kinds(images: pd.DataFrame) -> pd.DataFrame:  # one row per kind of photo
     "Count photos, those with all labels, pills and drugs."
     rows = []
@@ -218,15 +218,16 @@ def count_problems(problems: pd.DataFrame) -> pd.DataFrame:  # one row per kind 
 
 def all_problems(index: Index, seen: Tables) -> pd.DataFrame:
     "Put together what names, inspection and registry show."
-    parts = [index.tables.problems, seen.problems, audit_registry(seen.drugs).assign(root=0, count=1)]
+    known = seen.drugs[seen.drugs.index.str.fullmatch(r"K-\d{6}")] if len(seen.drugs) else seen.drugs  # classes of other layouts have no registry
+    parts = [index.tables.problems, seen.problems, audit_registry(known).assign(root=0, count=1)]
     return pd.concat([p for p in parts if len(p)] or parts[:1], ignore_index=True)
 
-# %% ../nbs/00db_index.ipynb #a6e5c2d2
+# %% ../nbs/00db_index.ipynb #14132db4
 def count_parts(images: pd.DataFrame) -> pd.DataFrame:  # rows Training, Validation, in both
     "Count the official parts and say whether they share drugs: if not, Validation can test only what is unknown."
     drugs = {part: {c for text in rows.codes.unique() for c in text.split()} for part, rows in images[images.source == "aihub"].groupby("part", observed=True)}
     both = drugs.get("train", set()) & drugs.get("val", set())
-    photos = images.part.value_counts()
+    photos = images.loc[images.source == "aihub", "part"].value_counts()
     rows = {name: {"photos": int(photos.get(part, 0)), "drugs": len(drugs.get(part, ()))} for name, part in (("Training", "train"), ("Validation", "val"))}
     shared = images.codes.map(lambda text: bool(both & set(text.split()))).astype(bool) if both else np.zeros(len(images), bool)
     return pd.DataFrame(rows | {"in both": {"photos": int(shared.sum()), "drugs": len(both)}}).T
@@ -237,13 +238,13 @@ def count_drugs(index: Index) -> pd.DataFrame:  # one row per drug, most photos 
     images = index.tables.images
     groups = images.groupby("codes", observed=True)
     per_codes = pd.DataFrame({"photos": groups.size(), "kind": groups.kind.first(), "backgrounds": groups.back.nunique(), "lights": groups.light.nunique()}).reset_index()
-    drugs = per_codes.assign(k_code=per_codes.codes.astype(str).str.split()).explode("k_code").drop_duplicates(["codes", "k_code"])
+    drugs = per_codes.assign(k_code=per_codes.codes.astype(str).str.split()).explode("k_code").dropna(subset="k_code").drop_duplicates(["codes", "k_code"])
     counts = drugs.pivot_table(index="k_code", columns="kind", values="photos", aggfunc="sum", fill_value=0, observed=True)
     more = drugs[drugs.kind == "single"].set_index("k_code")[["backgrounds", "lights"]]
     counts.columns = counts.columns.astype(str)
     return counts.assign(photos=counts.sum(axis=1)).join(more).sort_values("photos", ascending=False, kind="stable")
 
-# %% ../nbs/00db_index.ipynb #8ea1b676
+# %% ../nbs/00db_index.ipynb #213e1194
 def count_trays(images: pd.DataFrame) -> pd.DataFrame:  # rows: pills on the tray, columns: label files found
     "Count trays by completeness."
     trays = images[images.kind == "combination"]
@@ -254,8 +255,8 @@ def count_backgrounds(images: pd.DataFrame) -> pd.DataFrame:  # one row per set 
     "Count drugs and photos by the backgrounds on which a drug was photographed."
     singles = images[images.kind == "single"]
     seen_on = singles.groupby(["codes", "back"], observed=True).size().unstack(fill_value=0)
-    sets = seen_on.gt(0).apply(lambda row: " ".join(str(b) for b in seen_on.columns[row]), axis=1).rename("backgrounds")
-    table = pd.DataFrame({"drugs": sets.groupby(sets).size(), "photos": seen_on.sum(axis=1).groupby(sets).sum()}) if len(sets) else pd.DataFrame({"drugs": [], "photos": []})
+    sets = pd.Series([" ".join(str(b) for b in seen_on.columns[row]) for row in seen_on.to_numpy() > 0], index=seen_on.index, dtype="str", name="backgrounds")
+    table = pd.DataFrame({"drugs": sets.groupby(sets).size(), "photos": seen_on.sum(axis=1).groupby(sets).sum()})
     return table.assign(share=(table.drugs / max(1, table.drugs.sum())).round(3))
 
 # %% ../nbs/00db_index.ipynb #01a1088d
@@ -268,16 +269,16 @@ def compare_sizes(seen: Tables) -> pd.DataFrame:  # one row per drug and kind: p
     off = table.px_per_mm / table.groupby("kind").px_per_mm.transform("median")
     return table.assign(off=off.round(2)).sort_values("off", key=lambda x: np.abs(np.log(x)), ascending=False, kind="stable").reset_index(drop=True)
 
-# %% ../nbs/00db_index.ipynb #38cc3293
+# %% ../nbs/00db_index.ipynb #5e99a825
 def stage_outlook(index: Index) -> pd.DataFrame:  # one row per stage
     "Say what each stage asks for and what the data has of it."
     images = index.tables.images
-    open_part = images[images.usable & (images.part != "val")]
+    open_part = images[images.usable & ~((images.source == "aihub") & (images.part == "val"))]
     singles = open_part[open_part.kind != "combination"]
-    per_drug = singles.groupby("codes", observed=True).size().sort_values(ascending=False)
+    per_drug = singles.groupby("codes", observed=True).size().reset_index(name="n").assign(drug=lambda t: t.codes.astype(str).str.split()).explode("drug").groupby("drug").n.sum().sort_values(ascending=False)
     rows = {}
     for stage in STAGES.values():
-        most = int(per_drug.head(stage.classes).sum())
+        most = min(int(per_drug.head(stage.classes).sum()), len(singles))
         trays = min(round(stage.images * stage.tray_share), int((open_part.kind == "combination").sum()))
         enough = len(per_drug) >= stage.classes and most + trays >= stage.images
         rows[stage.key] = {"photos asked": stage.images, "photos there": most + trays, "drugs asked": stage.classes, "drugs there": len(per_drug), "tray photos at most": trays, "enough": "yes" if enough else "no"}

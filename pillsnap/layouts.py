@@ -56,7 +56,7 @@ class Collector:
         folder, _, name = path.rpartition("/")
         self.problems += list_problems(what, [(self.number, folder, name, detail)])
 
-# %% ../nbs/00ca_layouts.ipynb #82a33abd
+# %% ../nbs/00ca_layouts.ipynb #64391743
 def add_photo(
     rows: Collector,
     path: str,
@@ -65,7 +65,7 @@ def add_photo(
     usable: bool,
     number_of_bytes: int,
 ) -> None:
-    "Add one photo and its good boxes to the rows."
+    "Add one photo and its good boxes to the rows; in `codes`, a list with blanks between, the blanks of a class name become underscores."
     name = PurePosixPath(path).name
     photo = re.split(r"\.rf\.", name)[0] if ".rf." in name else PurePosixPath(name).stem
     good = [(k, box) for k, box in boxes if not (wrong := box_problem(box, *size)) or rows.blame(path, "box", f"{k}: {wrong}")]
@@ -74,7 +74,7 @@ def add_photo(
     rows.pills += [{"row": len(rows.images), "pill": i, "k_code": k, **dict(zip("xywh", box))} for i, (k, box) in enumerate(good)]
     rows.images.append({
         "root": rows.number, "folder": folder, "photo": photo, "ending": name[len(photo):], "offset": offset, "packed": packed, "bytes": number_of_bytes, "kind": "photo", "source": rows.source,
-        "part": next((p for p in folder.split("/") if p not in ("", "images")), ""), "codes": " ".join(sorted(k for k, _ in good)), "n_codes": len(boxes), "labels": int(usable),
+        "part": next((p for p in folder.split("/") if p not in ("", "images")), ""), "codes": " ".join(sorted(k.replace(" ", "_") for k, _ in good)), "n_codes": len(boxes), "labels": int(usable),
         "width": size[0], "height": size[1], **dict.fromkeys(("back", "side", "light", "latitude", "longitude"), -1), "usable": usable and len(good) == len(boxes)})
 
 # %% ../nbs/00ca_layouts.ipynb #17b21f0f
