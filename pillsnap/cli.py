@@ -238,7 +238,7 @@ def run(
     values = dict(data_root=data_root, run=run, resume=resume, overrides=overrides, dry_run=dry_run, check=check, ministry=ministry)
     raise typer.Exit(run_notebook(notebook, {"stage": stage} | {k: v for k, v in values.items() if v}))
 
-# %% ../nbs/10_cli.ipynb #bf06bf16
+# %% ../nbs/10_cli.ipynb #014ebe4f
 @app.command()
 def synth(
     out: Annotated[Path, typer.Argument(help="A new folder.")],
@@ -260,7 +260,7 @@ def synth(
     """
     from rich.progress import Progress
 
-    from pillsnap.synthetic import SynthSpec, synthesise
+    from pillsnap.trees import SynthSpec, synthesise
 
     with Progress(disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("drawing", total=drugs * views + 3 * trays)

@@ -10,7 +10,7 @@ __all__ = ['TABLES', 'IDENTITY', 'HASHED', 'INDEX_FORMAT', 'CHECKS', 'SMALL', 'P
            'count_trays', 'count_backgrounds', 'compare_sizes', 'stage_outlook', 'summarise', 'grid_names',
            'chain_arrangements', 'simulate_folders', 'simulate_index', 'make_up_boxes']
 
-# %% ../nbs/00db_index.ipynb #25e23130
+# %% ../nbs/00db_index.ipynb #26963194
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ from .drugs import REGISTRY_REMEDIES, audit_registry
 from .files import Files, Folder, by_unit, load_listing, save_listing, tabulate_files, walk
 from .inspection import inspect, inspect_labels, inspect_photo, number_pills, spread_rows
 from .layouts import Layout, read_roots
-from .synthetic import ensure_synthetic
+from .trees import ensure_synthetic
 
 # %% ../nbs/00db_index.ipynb #b97d03fb
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pillsnap.core import Parameters, data_roots, get_stage, load_settings
-from pillsnap.synthetic import SynthSpec, synthesise
+from pillsnap.trees import SynthSpec, synthesise
 
 PROJECT = Path(__file__).resolve().parent.parent
 

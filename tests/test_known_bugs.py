@@ -314,7 +314,7 @@ class TestRegistry:
 class TestRealWorldFolders:
     def test_singles_alone_are_enough(self, tmp_path, plan):
         "Somebody who downloaded no combinations still gets a manifest."
-        from pillsnap.synthetic import SynthSpec, synthesise
+        from pillsnap.trees import SynthSpec, synthesise
         synthesise(tmp_path / "tree", SynthSpec(drugs=3, views=40, trays=0, width=96))
         assert make_manifest(build_index([tmp_path / "tree"]), plan("images=60 classes=3").stage).pills.kind.unique().tolist() == ["single"]
 

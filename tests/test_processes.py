@@ -12,7 +12,7 @@ from conftest import PROJECT
 from pillsnap.core import PillSnapError, append_event, atomic_path, read_events, read_json, run_state, write_json
 from pillsnap.index import build_index
 from pillsnap.manifest import make_manifest
-from pillsnap.synthetic import SynthSpec, synthesise
+from pillsnap.trees import SynthSpec, synthesise
 from pillsnap.train import follow, launch, prepare_run
 
 
@@ -94,7 +94,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
 
 
 def test_a_killed_synth_leaves_nothing(tmp_path):
-    code = f"from pathlib import Path; from pillsnap.synthetic import *; synthesise(Path({str(tmp_path / 'out')!r}), SynthSpec(drugs=12, views=300, trays=0))"
+    code = f"from pathlib import Path; from pillsnap.trees import *; synthesise(Path({str(tmp_path / 'out')!r}), SynthSpec(drugs=12, views=300, trays=0))"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT)
     time.sleep(3)
     process.kill()

@@ -17,14 +17,15 @@ def index():
     return simulate_index(drugs=452, tray_drugs=40, arrangements=500)
 
 
-@pytest.fixture
-def stages(monkeypatch):
-    for key, (images, classes) in TENTH.items():
-        monkeypatch.setitem(STAGES, key, replace(STAGES[key], images=images, classes=classes))
-    return STAGES
+@pytest.fixture(scope="module")
+def stages():
+    with pytest.MonkeyPatch.context() as patch:
+        for key, (images, classes) in TENTH.items():
+            patch.setitem(STAGES, key, replace(STAGES[key], images=images, classes=classes))
+        yield STAGES
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def manifests(index, stages):
     return {key: make_manifest(index, stages[key], make_up_boxes(index)) for key in TENTH}
 
