@@ -566,7 +566,7 @@ def injected_names(
     cells = [source for source in history if source.startswith("# Parameters\n")]
     return {t.id for source in cells for node in ast.parse(source).body if isinstance(node, ast.Assign) for t in node.targets}
 
-# %% ../nbs/00_core.ipynb #9c317701
+# %% ../nbs/00_core.ipynb #bdbccf12
 def exported_source(source: str) -> str | None:  # code without directives, or None if the cell is not exported
     "Take the directives off an exported cell."
     lines = source.splitlines()
@@ -585,7 +585,8 @@ def stale_modules(
         names = [m[1] for s in sources if (m := re.match(r"#\s*\|\s*default_exp (\w+)", s))]
         module = project / "pillsnap" / f"{names[0]}.py" if names else None
         text = module.read_text("utf-8") if module and module.exists() else ""
-        text = re.sub(r"^from \.", "from pillsnap.", text, flags=re.M)  # nbdev makes imports relative
+        text = re.sub(r"^from \.(?= )", "from pillsnap", text, flags=re.M)  # nbdev makes imports relative
+        text = re.sub(r"^from \.", "from pillsnap.", text, flags=re.M)
         cells = [c.split("\n", 1)[-1].strip() for c in re.split(r"^# %% \.\./nbs/", text, flags=re.M)[1:]]
         if names and [c for s in sources if (c := exported_source(s)) is not None] != cells:
             stale.append(path.name)
