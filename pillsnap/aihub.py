@@ -81,7 +81,7 @@ def drug_json(
     "Give a registry row as JSON; the labels of one drug repeat the same few."
     return json.dumps(registry_row(dict(zip(DRUG_FIELDS, values))), ensure_ascii=False)
 
-# %% ../nbs/00c_aihub.ipynb #8003dd7e
+# %% ../nbs/00c_aihub.ipynb #243dd78e
 K_CODE = re.compile("K-[0-9]{6}")
 
 
@@ -105,7 +105,7 @@ def decode_label(data: bytes) -> tuple[Any, bool]:  # the content; whether it is
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
-
+# %% ../nbs/00c_aihub.ipynb #b0110aeb
 def read_label(
     data: bytes,  # the file's content
 ) -> Label:

@@ -6,7 +6,7 @@
 __all__ = ['NOTEBOOKS', 'app', 'StageOption', 'DataOption', 'OverridesOption', 'notebook_parameters', 'choose_notebook',
            'check_request', 'show_progress', 'show_event', 'forward_signals', 'training_pid', 'launched_since',
            'execute', 'report_run', 'publish', 'absolute_paths', 'read_ahead', 'run_notebook', 'run', 'synth', 'index',
-           'save_problems', 'report', 'main']
+           'show_index', 'save_problems', 'report', 'main']
 
 # %% ../nbs/10_cli.ipynb #f8663d1a
 import ast
@@ -169,7 +169,7 @@ def publish(out: Path, key: str, settings: Settings, run: Path | None) -> Path:
     write_index(settings.reports)
     return page
 
-# %% ../nbs/10_cli.ipynb #d102e161
+# %% ../nbs/10_cli.ipynb #6042d67a
 def absolute_paths(given: dict[str, Any]) -> dict[str, Any]:
     "Make folders absolute: the notebook runs in another folder than the person."
     paths = {"data_root": lambda text: os.pathsep.join(str(Path(p).expanduser().resolve()) for p in text.split(os.pathsep) if p),
@@ -191,7 +191,7 @@ def read_ahead(notebook: Path, stage: Stage, given: dict[str, Any], settings: Se
     except PillSnapError:
         pass  # the notebook meets the same error and writes it into the report
 
-
+# %% ../nbs/10_cli.ipynb #a25d4fef
 def run_notebook(name: str, given: dict[str, Any]) -> int:  # exit status
     "Check, execute, render; the report is written also when the notebook fails."
     settings = load_settings()
@@ -267,7 +267,7 @@ def synth(
         drawn = synthesise(out, SynthSpec(drugs, views, trays, seed, width, val_drugs, names, nfd, zips, cp949, defects), on_progress=lambda photos: bar.advance(task, photos))
     print(f"{drawn['photos']} photos in {out} ({drawn['photos_per_s']} a second)")
 
-# %% ../nbs/10_cli.ipynb #6e80d637
+# %% ../nbs/10_cli.ipynb #13476294
 @app.command()
 def index(
     data_root: Annotated[str, typer.Argument(help="Folder(s) with the data; default PILLSNAP_DATA_ROOT.")] = "",
@@ -280,10 +280,7 @@ def index(
 
     Examples: `pillsnap index /data/aihub166` · `pillsnap index /data/aihub166 --check all --problems problems.csv`
     """
-    import pandas as pd
-
-    from pillsnap.drugs import compare_ministry, join_ministry, read_ministry
-    from pillsnap.index import all_problems, choose_rows, count_kinds, count_parts, count_problems, ensure_index, estimate, inspect_index, stage_outlook, summarise
+    from pillsnap.index import choose_rows, ensure_index, estimate, inspect_index
 
     settings = load_settings()
     roots = open_roots(data_root or settings.data_root)
@@ -291,19 +288,30 @@ def index(
         raise PillSnapError("no data root: give a folder, or set PILLSNAP_DATA_ROOT in .env")
     found = ensure_index(roots, settings, full)
     choose_rows(found.tables.images.iloc[:0], check)
-    if sys.stderr.isatty():
-        print(f"to read, by {check!r}, as estimated from a few files:", estimate(found, check).to_string(), sep="\n", end="\n\n", file=sys.stderr)
-    seen = inspect_index(found, check)
-    wrong = all_problems(found, seen)
-    pd.set_option("display.max_colwidth", None)
-    print(summarise(found, seen).to_string(), count_kinds(found.tables.images).to_string(), count_parts(found.tables.images).to_string(), stage_outlook(found).to_string(),
-          count_problems(wrong)[["count", "example", "remedy"]].to_string() if len(wrong) else "no problem found", sep="\n\n")
-    if ministry:
-        print("", compare_ministry(join_ministry(seen.drugs, read_ministry(ministry))).to_string(), sep="\n")
+    print(f"to read, by {check!r}, as estimated from a few files:", estimate(found, check).to_string(), sep="\n", end="\n\n", file=sys.stderr)
+    wrong = show_index(found, inspect_index(found, check), ministry)
     if problems:
         save_problems(wrong, problems)
 
-# %% ../nbs/10_cli.ipynb #34cc5e06
+# %% ../nbs/10_cli.ipynb #80e9afbe
+def show_index(found: Any, seen: Any, ministry: Path | None) -> Any:  # the table of problems
+    "Print the audit of an index in tables."
+    import pandas as pd
+
+    from pillsnap.drugs import compare_ministry, join_ministry, read_ministry
+    from pillsnap.index import all_problems, count_kinds, count_parts, count_problems, stage_outlook, summarise
+
+    images, wrong = found.tables.images, all_problems(found, seen)
+    tables = [summarise(found, seen), count_kinds(images), count_parts(images), stage_outlook(found), count_problems(wrong)[["count", "remedy"]]]
+    if ministry:
+        tables.append(compare_ministry(join_ministry(seen.drugs, read_ministry(ministry))))
+    with pd.option_context("display.max_colwidth", None, "display.width", None):
+        print(*(table.to_string() for table in tables if len(table)), sep="\n\n")
+    for what, rows in wrong.groupby("what"):
+        print(f"{what}, first: {rows.file.iloc[0]} ({rows.detail.iloc[0]})")
+    return wrong
+
+
 def save_problems(wrong: Any, path: Path) -> None:
     "Write the table of problems as CSV, whole or not at all."
     from pillsnap.aihub import REMEDIES

@@ -169,7 +169,7 @@ def split_archive(path: str) -> tuple[str, str]:  # path of the archive, name of
     end = find_archive(path.rpartition("/")[0])
     return path[:end], path[end + 1 :]
 
-# %% ../nbs/00ba_files.ipynb #901219a9
+# %% ../nbs/00ba_files.ipynb #d9be47a1
 def inflate(data: bytes, method: int) -> bytes:
     "Unpack an entry's bytes; raises ZipError for damaged or boundless ones."
     if method == STORED:
@@ -183,7 +183,7 @@ def inflate(data: bytes, method: int) -> bytes:
         raise ZipError(f"more than {LARGEST} bytes" if unpacker.unconsumed_tail else "it ends too early")
     return content
 
-
+# %% ../nbs/00ba_files.ipynb #f24e9972
 def read_entry(archive: str, name: str, offset: int, packed: int) -> bytes:
     "Read one entry of a ZIP; raises ZipError if it is damaged or not the one that was indexed."
     room = LOCAL.size + len(name) * 4 + 128  # the local header repeats the name, in any encoding
@@ -203,7 +203,7 @@ def read_entry(archive: str, name: str, offset: int, packed: int) -> bytes:
         raise ZipError("damaged: its checksum differs")
     return content
 
-# %% ../nbs/00ba_files.ipynb #09d061ef
+# %% ../nbs/00ba_files.ipynb #5b6c5a6b
 @dataclass(frozen=True)
 class Source:
     "Where the bytes of one file lie."
@@ -226,10 +226,9 @@ class Source:
         "Read the whole file; raises PillSnapError that names it."
         try:
             return self.fetch()
-        except FileNotFoundError:
-            raise PillSnapError(f"{self} is not there any more: mount the disk, or index the data again with `pillsnap index`") from None
         except (OSError, ZipError) as e:
-            raise PillSnapError(f"{self} cannot be read: {e}; replace the file, and index the data again with `pillsnap index`") from None
+            gone = "is not there any more: mount the disk" if isinstance(e, FileNotFoundError) else f"cannot be read: {e}; replace the file"
+            raise PillSnapError(f"{self} {gone}, or index the data again with `pillsnap index`") from None
 
     def stamp(self) -> tuple[int, int]:  # bytes and time of change (ns) of the file, or of the archive it lies in
         "Say which version of the file lies there; raises PillSnapError if none does."

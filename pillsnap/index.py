@@ -69,7 +69,7 @@ def build_index(
     places = content_hash(hash_table(tables.images[["root", "folder", "offset"]]), hash_table(tables.labels))
     return Index(list(roots), tables, layouts, content_hash(hash_table(tables.images[IDENTITY]), hash_table(tables.pills)), places, store)
 
-# %% ../nbs/00db_index.ipynb #21fde6b4
+# %% ../nbs/00db_index.ipynb #b2715df4
 INDEX_FORMAT = 3  # raise it when reading changes
 
 
@@ -90,7 +90,7 @@ def write_index(index: Index, stamps: str, folder: Path) -> None:
     layouts = [vars(layout) for layout in index.layouts]
     write_json(folder / "index.json", {"format": INDEX_FORMAT, "roots": [str(r) for r in index.roots], "layouts": layouts, "hash": index.hash, "places": index.places, "stamps": stamps})
 
-
+# %% ../nbs/00db_index.ipynb #bfa8e7fa
 def load_index(folder: Path, store: Path | None = None) -> Index:
     "Read an index back."
     info = read_json(folder / "index.json")
@@ -322,7 +322,7 @@ def chain_arrangements(drugs: Sequence[str], number: int, rng: np.random.Generat
         made.setdefault(tuple(sorted(last)))
     return [list(x) for x in made]
 
-# %% ../nbs/00db_index.ipynb #9f5e5e3d
+# %% ../nbs/00db_index.ipynb #412a2805
 def simulate_folders(
     drugs: int = 4523,
     tray_drugs: int = 118,  # six of a hundred and eighteen have no singles
@@ -355,7 +355,7 @@ def simulate_folders(
         add("train", "combination", stem, views, [(code, v) for code in tray for v in views if code != lost])
     return folders
 
-
+# %% ../nbs/00db_index.ipynb #84ab6d12
 def simulate_index(drugs: int = 4523, tray_drugs: int = 118, arrangements: int = 5000, seed: int = 7) -> Index:
     "Make the index of made-up files; there is nothing to inspect."
     return build_index([Path("simulated")], [tabulate_files(simulate_folders(drugs, tray_drugs, arrangements, seed))])

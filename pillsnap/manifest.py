@@ -367,7 +367,7 @@ def make_manifest(
         "left_out": sample.left_out, "defects": {k: int(n) for k, n in problems.groupby("what")["count"].sum().items()}, "proof": prove_no_leak(chosen)}
     return Manifest(pills, sample.classes, report, problems)
 
-# %% ../nbs/02_manifest.ipynb #79ae3513
+# %% ../nbs/02_manifest.ipynb #eef47599
 def save_manifest(manifest: Manifest, folder: Path) -> None:
     "Write pills.csv, problems.csv, classes.json and report.json, whole or not at all; an older manifest is replaced."
     data = csv_bytes(manifest.pills)
@@ -377,7 +377,7 @@ def save_manifest(manifest: Manifest, folder: Path) -> None:
         write_json(part / "classes.json", manifest.classes)
         write_json(part / "report.json", manifest.report | {"files": content_hash(data, manifest.classes, manifest.report["hash"])})
 
-
+# %% ../nbs/02_manifest.ipynb #f063c39f
 def load_manifest(folder: Path) -> Manifest:
     "Read a manifest; raises PillSnapError if its files are not the ones that were written."
     report, classes = read_json(folder / "report.json"), read_json(folder / "classes.json")
