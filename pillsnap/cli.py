@@ -169,7 +169,7 @@ def publish(out: Path, key: str, settings: Settings, run: Path | None) -> Path:
     write_index(settings.reports)
     return page
 
-# %% ../nbs/10_cli.ipynb #6042d67a
+# %% ../nbs/10_cli.ipynb #325d193a
 def absolute_paths(given: dict[str, Any]) -> dict[str, Any]:
     "Make folders absolute: the notebook runs in another folder than the person."
     paths = {"data_root": lambda text: os.pathsep.join(str(Path(p).expanduser().resolve()) for p in text.split(os.pathsep) if p),
@@ -183,11 +183,15 @@ def read_ahead(notebook: Path, stage: Stage, given: dict[str, Any], settings: Se
     if notebook.stem not in (NOTEBOOKS["explore"], NOTEBOOKS["manifest"]) or not sys.stderr.isatty():
         return
     from pillsnap.index import ensure_index, inspect_index
-    from pillsnap.manifest import make_manifest
+    from pillsnap.manifest import estimate_stage, make_manifest
 
     try:
         index = ensure_index(data_roots(stage, given.get("data_root", ""), settings), settings)
-        inspect_index(index, given.get("check", "sample")) if notebook.stem == NOTEBOOKS["explore"] else make_manifest(index, stage)
+        if notebook.stem == NOTEBOOKS["explore"]:
+            inspect_index(index, given.get("check", "sample"))
+            return
+        print("to read for this stage, as estimated from a few files:", estimate_stage(index, stage).to_string(), sep="\n", file=sys.stderr)
+        make_manifest(index, stage)
     except PillSnapError:
         pass  # the notebook meets the same error and writes it into the report
 
@@ -267,7 +271,7 @@ def synth(
         drawn = synthesise(out, SynthSpec(drugs, views, trays, seed, width, val_drugs, names, nfd, zips, cp949, defects), on_progress=lambda photos: bar.advance(task, photos))
     print(f"{drawn['photos']} photos in {out} ({drawn['photos_per_s']} a second)")
 
-# %% ../nbs/10_cli.ipynb #13476294
+# %% ../nbs/10_cli.ipynb #fc37178e
 @app.command()
 def index(
     data_root: Annotated[str, typer.Argument(help="Folder(s) with the data; default PILLSNAP_DATA_ROOT.")] = "",
@@ -287,8 +291,8 @@ def index(
     if not roots:
         raise PillSnapError("no data root: give a folder, or set PILLSNAP_DATA_ROOT in .env")
     found = ensure_index(roots, settings, full)
-    choose_rows(found.tables.images.iloc[:0], check)
-    print(f"to read, by {check!r}, as estimated from a few files:", estimate(found, check).to_string(), sep="\n", end="\n\n", file=sys.stderr)
+    rows = choose_rows(found.tables.images, check)
+    print(f"to read, by {check!r}, as estimated from a few files:", estimate(found, *rows).to_string(), sep="\n", end="\n\n", file=sys.stderr)
     wrong = show_index(found, inspect_index(found, check), ministry)
     if problems:
         save_problems(wrong, problems)

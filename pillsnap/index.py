@@ -6,9 +6,9 @@
 __all__ = ['TABLES', 'IDENTITY', 'HASHED', 'INDEX_FORMAT', 'CHECKS', 'SMALL', 'PER_DRUG', 'PICTURES', 'GRIDS', 'Index',
            'list_roots', 'hash_table', 'build_index', 'small_stamps', 'write_index', 'load_index', 'ensure_index',
            'same_listing', 'previous_listing', 'fresh_stamps', 'renew_index', 'choose_rows', 'inspect_index',
-           'time_reading', 'estimate', 'count_kinds', 'count_problems', 'all_problems', 'count_parts', 'count_drugs',
-           'count_trays', 'count_backgrounds', 'compare_sizes', 'stage_outlook', 'summarise', 'grid_names',
-           'chain_arrangements', 'simulate_folders', 'simulate_index', 'make_up_boxes']
+           'time_reading', 'few', 'estimate', 'count_kinds', 'count_problems', 'all_problems', 'count_parts',
+           'count_drugs', 'count_trays', 'count_backgrounds', 'compare_sizes', 'stage_outlook', 'summarise',
+           'grid_names', 'chain_arrangements', 'simulate_folders', 'simulate_index', 'make_up_boxes']
 
 # %% ../nbs/00db_index.ipynb #26963194
 import os
@@ -175,31 +175,37 @@ def inspect_index(index: Index, check: str = "sample") -> Tables:
     rows, photos = choose_rows(index.tables.images, check)
     return inspect(index.tables, index.roots, rows, photos, index.store)
 
-# %% ../nbs/00db_index.ipynb #cd35709a
-def time_reading(function: Callable, sources: Sequence, probe: int = 48) -> float:  # seconds a file
-    "Read some files, spread over all, and time it."
-    chosen = [sources[i] for i in np.linspace(0, len(sources) - 1, min(probe, len(sources))).astype(int)] if len(sources) else []
-    for source in chosen[:2]:  # the first pays for what is made once
+# %% ../nbs/00db_index.ipynb #dcdf8fe8
+def time_reading(function: Callable, sources: Sequence) -> float:  # seconds a file
+    "Read some files and time it; the first two pay for what is made once."
+    for source in sources[:2]:
         function(source)
     start = time.perf_counter()
-    for source in chosen[2:]:
+    for source in sources[2:]:
         function(source)
-    return (time.perf_counter() - start) / max(1, len(chosen) - 2)
+    return (time.perf_counter() - start) / max(1, len(sources) - 2)
 
 
-def estimate(index: Index, check: str = "all") -> pd.DataFrame:  # rows labels, pictures; columns files, seconds, read_GB, kept_MB
-    "Estimate time and disk of an inspection on this machine, by reading a few files."
-    rows, photos = choose_rows(index.tables.images, check)
-    labels = index.tables.labels[index.tables.labels.row.isin(rows)]
-    probe = labels.iloc[np.linspace(0, len(labels) - 1, min(48, len(labels))).astype(int)] if len(labels) else labels
-    tasks = list(zip(label_sources(index.tables, probe, index.roots), index.tables.images.photo.to_numpy()[probe.row]))
+def few(rows: np.ndarray, number: int) -> np.ndarray:
+    "Take a few, evenly spread."
+    return rows[np.linspace(0, len(rows) - 1, min(number, len(rows))).astype(int)]
+
+
+def estimate(
+    index: Index,
+    rows: np.ndarray,  # photos whose labels would be read
+    photos: np.ndarray,  # photos whose pictures would be read
+) -> pd.DataFrame:  # rows labels, pictures; columns files, seconds, read_GB, kept_MB
+    "Estimate time and disk of an inspection on this machine, by reading a few files in one process."
+    tables, labels = index.tables, np.flatnonzero(index.tables.labels.row.isin(rows))
+    probe = tables.labels.iloc[few(labels, 50)]
+    tasks = list(zip(label_sources(tables, probe, index.roots), tables.images.photo.to_numpy()[probe.row]))
     label_s = time_reading(lambda task: inspect_labels([task]), tasks)
-    pictures = index.tables.images.iloc[photos[np.linspace(0, len(photos) - 1, min(24, len(photos))).astype(int)]] if len(photos) else index.tables.images.iloc[:0]
     results: list[tuple] = []
-    photo_s = time_reading(lambda source: results.append(inspect_photo(source)), photo_sources(pictures, index.roots))
+    photo_s = time_reading(lambda source: results.append(inspect_photo(source)), photo_sources(tables.images.iloc[few(photos, 26)], index.roots))
     size = np.mean([r[4] for r in results if r[4] > 0] or [0])
-    table = {"labels": (len(labels), len(labels) * label_s, len(labels) * 1e-6, len(labels) * 4e-5), "pictures": (len(photos), len(photos) * photo_s, len(photos) * size / 1e9, len(photos) * 4e-5)}
-    return pd.DataFrame(table, index=["files", "seconds", "read_GB", "kept_MB"]).T.round(2)
+    files, read = np.array([len(labels), len(photos)]), np.array([1e3, size])
+    return pd.DataFrame({"files": files, "seconds": (files * [label_s, photo_s]).round(1), "read_GB": (files * read / 1e9).round(2), "kept_MB": (files * 4e-5).round(1)}, index=["labels", "pictures"])
 
 # %% ../nbs/00db_index.ipynb #8c275224
 def count_kinds(images: pd.DataFrame) -> pd.DataFrame:  # one row per kind of photo

@@ -8,10 +8,11 @@ __all__ = ['HELD_LIGHT', 'HELD_LONGITUDES', 'GUARDS', 'FRAME_SHARE', 'SPLITS', '
            'rank_photos', 'rank_classes', 'share_out', 'sample_trays', 'Known', 'choose_classes', 'Sample',
            'sample_stage', 'take_ranked', 'group_leaks', 'pose_leaks', 'byte_leaks', 'prove_no_leak', 'lacking_classes',
            'settle_sample', 'Manifest', 'tabulate_pills', 'csv_bytes', 'sampling_inputs', 'make_manifest',
-           'save_manifest', 'load_manifest', 'ensure_manifest', 'previous_manifest', 'changed_inputs',
-           'plot_condition_split', 'plot_drug_split', 'count_splits', 'summarise_manifest']
+           'count_trays_left', 'estimate_stage', 'save_manifest', 'load_manifest', 'ensure_manifest',
+           'previous_manifest', 'changed_inputs', 'plot_condition_split', 'plot_drug_split', 'count_splits',
+           'summarise_manifest']
 
-# %% ../nbs/02_manifest.ipynb #9de9bab5
+# %% ../nbs/02_manifest.ipynb #9257d859
 import io
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ from matplotlib.figure import Figure
 
 from .aihub import PROBLEM_COLUMNS, Tables, image_paths, make_table
 from .core import STAGES, Parameters, PillSnapError, Stage, atomic_folder, content_hash, lock, read_json, write_json
-from .index import Index, hash_table
+from .index import Index, estimate, hash_table
 from .inspection import inspect
 from .viz import plot_splits, plot_stacked
 
@@ -339,7 +340,7 @@ def csv_bytes(pills: pd.DataFrame) -> bytes:
     pa.csv.write_csv(pa.Table.from_pandas(pills, preserve_index=False), out)
     return out.getvalue()
 
-# %% ../nbs/02_manifest.ipynb #4d58d00d
+# %% ../nbs/02_manifest.ipynb #69c16a7b
 SAMPLED = ("stage", "name", "base", "images", "classes", "tray_share", "allow_short", "split", "train_session", "fold")  # the fields a sample depends on
 
 
@@ -364,8 +365,22 @@ def make_manifest(
     report = {
         "hash": content_hash(hash_table(pills[PILL_FIELDS]), sample.classes, inputs), "inputs": inputs, "places": index.places, "images": len(chosen), "classes": len(sample.classes),
         "pills": len(pills), "short": len(chosen) < stage.images or len(sample.classes) < stage.classes, "photos": {k: {s: int(n) for s, n in row.items()} for k, row in counts.iterrows()},
-        "left_out": sample.left_out, "defects": {k: int(n) for k, n in problems.groupby("what")["count"].sum().items()}, "proof": prove_no_leak(chosen)}
+        "left_out": sample.left_out, "trays": count_trays_left(images, sample), "defects": {k: int(n) for k, n in problems.groupby("what")["count"].sum().items()}, "proof": prove_no_leak(chosen)}
     return Manifest(pills, sample.classes, report, problems)
+
+# %% ../nbs/02_manifest.ipynb #408a569b
+def count_trays_left(images: pd.DataFrame, sample: Sample) -> dict[str, int]:
+    "Say how many of the complete trays a stage's class list leaves usable, and how many it takes."
+    trays = images.loc[images.usable & (images.kind == "combination") & (images.split != "unused"), "codes"].value_counts()
+    classes = set(sample.classes)
+    usable = sum(int(n) for text, n in trays.items() if set(text.split()) <= classes)
+    return {"complete": int(trays.sum()), "of its drugs": usable, "taken": int((images.kind.iloc[sample.rows] == "combination").sum())}
+
+
+def estimate_stage(index: Index, stage: Stage) -> pd.DataFrame:  # as `estimate`
+    "Estimate what reading a stage's sample takes on this machine; what was read before costs nothing again."
+    rows = sample_stage(assign_splits(index.tables.images, stage), index.tables.pills, stage).rows
+    return estimate(index, rows, rows)
 
 # %% ../nbs/02_manifest.ipynb #eef47599
 def save_manifest(manifest: Manifest, folder: Path) -> None:
@@ -450,11 +465,12 @@ def count_splits(manifest: Manifest) -> pd.DataFrame:  # one row per kind and sp
     rows = manifest.pills.assign(photo_id=manifest.pills.photo + manifest.pills.ending)
     return rows.groupby(["kind", "split"]).agg(photos=("photo_id", "nunique"), pills=("image", "size"), drugs=("k_code", "nunique"), groups=("group", "nunique"))
 
-# %% ../nbs/02_manifest.ipynb #92fd8ff0
+# %% ../nbs/02_manifest.ipynb #e265d1e9
 def summarise_manifest(manifest: Manifest) -> pd.DataFrame:
     "Say what the manifest holds, whether it is short, and what the proof found."
     report = manifest.report
     leaks = ", ".join(f"{n} by {check}" for check, n in report["proof"].items())
-    rows = {"photos": report["images"], "drugs": report["classes"], "pills": report["pills"], "short of what was asked": "YES" if report["short"] else "no", "leaks found": leaks,
+    trays = "{taken} photos taken of {of its drugs} complete ones of its drugs, {complete} in the data".format_map(report["trays"])
+    rows = {"photos": report["images"], "drugs": report["classes"], "pills": report["pills"], "short of what was asked": "YES" if report["short"] else "no", "trays": trays, "leaks found": leaks,
             "left out, without a photo in some split": ", ".join(report["left_out"]) or "none", "found bad while reading, replaced by others": ", ".join(f"{n} {what}" for what, n in report["defects"].items()) or "none", "hash": report["hash"]}
     return pd.Series(rows, name="value").to_frame()
