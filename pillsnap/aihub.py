@@ -10,9 +10,10 @@ __all__ = ['NAME', 'DRUG_FIELDS', 'K_CODE', 'STR', 'IMAGE_COLUMNS', 'LABEL_COLUM
            'first_of_each', 'find_photos', 'find_labels', 'image_table', 'cut_names', 'categorise', 'read_aihub',
            'empty_registry', 'image_paths', 'photo_sources', 'pill_source', 'label_sources', 'read_photo', 'photo_size']
 
-# %% ../nbs/00c_aihub.ipynb #bce46759
+# %% ../nbs/00c_aihub.ipynb #46d6c033
 import io
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ def parse_name(
     codes = tuple(f"K-{code}" for code in found["codes"].split("-")[1:])
     return CaptureName(codes, *map(int, found["rest"][1:].split("_")))
 
-# %% ../nbs/00c_aihub.ipynb #3d33a640
+# %% ../nbs/00c_aihub.ipynb #e0f8ea1e
 @dataclass(frozen=True, slots=True)
 class Label:
     "One pill as a label file gives it."
@@ -74,14 +75,14 @@ class Label:
 DRUG_FIELDS = ("dl_mapping_code", *REGISTRY.values(), "di_edi_code")
 
 
-@lru_cache(maxsize=20_000)
+@lru_cache(maxsize=20_000, typed=True)  # 1, 1.0 and true are equal, and not the same
 def drug_json(
-    values: tuple,  # of DRUG_FIELDS
+    *values: Any,  # of DRUG_FIELDS
 ) -> str:
     "Give a registry row as JSON; the labels of one drug repeat the same few."
     return json.dumps(registry_row(dict(zip(DRUG_FIELDS, values))), ensure_ascii=False)
 
-# %% ../nbs/00c_aihub.ipynb #243dd78e
+# %% ../nbs/00c_aihub.ipynb #d7fca0c8
 K_CODE = re.compile("K-[0-9]{6}")
 
 
@@ -102,16 +103,14 @@ def decode_label(data: bytes) -> tuple[Any, bool]:  # the content; whether it is
         return json.loads(data), False
     except UnicodeDecodeError:
         return json.loads(data.decode("cp949")), True
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
 
-# %% ../nbs/00c_aihub.ipynb #b0110aeb
+# %% ../nbs/00c_aihub.ipynb #05070ec3
 def read_label(
     data: bytes,  # the file's content
 ) -> Label:
     "Read one AIHub label; raises ValueError that says what is wrong with it."
-    content, cp949 = decode_label(data)
     try:
+        content, cp949 = decode_label(data)
         if len(content["images"]) != 1 or len(content["annotations"]) != 1:
             raise ValueError(f"{len(content['images'])} images and {len(content['annotations'])} annotations, not one of each")
         record, annotation = content["images"][0], content["annotations"][0]
@@ -121,16 +120,20 @@ def read_label(
             raise ValueError(f"dl_mapping_code {code!r} of file_name {name!r}")
         if not 0 < min(size) <= max(size) < 1 << 16:
             raise ValueError(f"a photo of {size[0]} x {size[1]}")
-        return Label(code, name, *size, box, drug_json(tuple(map(record.get, DRUG_FIELDS))), cp949)
+        return Label(code, name, *size, box, drug_json(*map(record.get, DRUG_FIELDS)), cp949)
     except KeyError as e:
         raise ValueError(f"it lacks {e.args[0]!r}") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     except (TypeError, AttributeError) as e:
         raise ValueError(f"it has not the form of a label: {e}") from None
 
-# %% ../nbs/00c_aihub.ipynb #0bc29ce8
+# %% ../nbs/00c_aihub.ipynb #31efac88
 def box_problem(box: tuple[float, float, float, float], width: int, height: int) -> str:  # "" for a good box
     "Say what is wrong with a box x, y, w, h in px."
     x, y, w, h = box
+    if not all(map(math.isfinite, box)):
+        return f"box {box} has numbers that are none"
     if w <= 0 or h <= 0:
         return f"box {box} has no area"
     if x < 0 or y < 0 or x + w > width or y + h > height:
@@ -144,7 +147,7 @@ def check_label(
 ) -> tuple[str, str]:  # kind of problem ("" for none), detail
     "Check a label against the name of its file and the size of its photo."
     if label.k_code[1:] not in photo.partition("_")[0] or label.file_name.rpartition(".")[0] != photo:
-        return "wrong code", f"it says {label.k_code} of {label.file_name}"
+        return "wrong code", f"it says {label.k_code} of {label.file_name!r}"
     wrong = box_problem(label.box, label.width, label.height)
     return ("box", f"{label.k_code}: {wrong}") if wrong else ("", "")
 
@@ -183,34 +186,35 @@ def column_table(values: Mapping[str, Any], columns: Mapping[str, str], n: int) 
         return np.full(n, value, dtype) if np.isscalar(value) else np.asarray(value, dtype)
     return pd.DataFrame({name: column(values[name], dtype) for name, dtype in columns.items()}, copy=False)
 
-# %% ../nbs/00c_aihub.ipynb #f4bc1912
+# %% ../nbs/00c_aihub.ipynb #db83d245
 REMEDIES = {
     "name": "rename it to the capture form in UTF-8 (convmv -f cp949 -t utf8), or keep it out of the tree", "index picture": "none needed: overview pictures are never used",
     "no label": "add its label file, or ignore the photo", "no photo": "add the photo, or remove the label", "label": "replace the label file",
     "box": "correct the bbox in the label", "loose box": "look at it and correct the bbox in the label", "cp949": "none needed: it was read as cp949; UTF-8 is what the rest is in",
     "incomplete tray": "add the missing label files; until then it serves neither training nor scoring of a detector",
     "wrong code": "correct dl_mapping_code or the file name", "double": "none needed: it is counted once", "photo": "replace the damaged photo",
-    "size": "replace the photo by the original: its label's box is for another size", "zip": "get the archive again; its other entries are used",
-    "data.yaml": "correct data.yaml; what could be read was used", "unreadable": "mend the link or the permission; nothing under it was read"}
-LISTED = 20  # files of one folder with one problem that are listed one by one; more become one row with their number
+    "size": "replace the photo by the original: its label's box is for another size", "zip": "get the archive again, or unpack it; what could be read of it is used",
+    "data.yaml": "correct data.yaml; what could be read was used", "unreadable": "mend the link, the permission or the disk; nothing of it was read"}
+LISTED = 20  # files of one folder that lack something or lie twice and are listed one by one; a whole volume without labels is not a million rows
 
 
 def list_problems(
     what: str,
     files: Sequence[tuple[int, str, str, str]],  # root, folder, file name, detail
+    listed: int = LISTED,  # of one folder; more become one row
 ) -> list[dict[str, Any]]:  # rows of the table of problems
-    "List files with a problem; where a folder has many, as one row."
+    "List files with a problem; where too many of a folder have it, as one row."
     groups: dict[tuple[int, str], list[tuple[str, str]]] = {}
     for root, folder, name, detail in files:
         groups.setdefault((root, folder), []).append((name, detail))
     rows = []
     for (root, folder), found in groups.items():
-        if len(found) > LISTED:
+        if len(found) > listed:
             found = [("", f"{len(found)} files, first {found[0][0]}: {found[0][1]}", len(found))]
         rows += [{"root": root, "file": join_path(folder, name), "what": what, "detail": detail, "count": count} for name, detail, count in ((*f, 1)[:3] for f in found)]
     return rows
 
-# %% ../nbs/00c_aihub.ipynb #1b7a359e
+# %% ../nbs/00c_aihub.ipynb #16298375
 def listing_problems(number: int, files: Files) -> list[dict[str, Any]]:
     "List what could not be listed."
     kinds = sorted({what for _, _, what, _ in files.problems})
@@ -219,7 +223,8 @@ def listing_problems(number: int, files: Files) -> list[dict[str, Any]]:
 
 def official_part(path: str) -> str:  # train or val
     "Say which official part a photo belongs to, from the folders and archives above it."
-    return "val" if re.search(r"(^|/)(val|2\.Validation|V[SL]_\d[^/]*)(/|$)", plain(path)) else "train"
+    found = re.findall(r"(?i)(?<![^/])(?:(?:\d\.)?(val|valid|validation|train|training)|([TV])[SL]_\d[^/]*)(?![^/])", plain(path))
+    return "val" if found and "".join(found[-1]).lower().startswith("v") else "train"  # the innermost folder that says it
 
 # %% ../nbs/00c_aihub.ipynb #b3bba485
 @dataclass(frozen=True)
@@ -273,7 +278,7 @@ def parse_names(
     (code_at, code_words), (rest_at, rest_words) = (encode_words(pa.chunked_array(x, WORDS)) for x in (codes, rest))
     return Names(number, [f for _, files in roots for f in files.folders], folder, names, places, code_at, rest_at, code_words, rest_words)
 
-# %% ../nbs/00c_aihub.ipynb #78723f86
+# %% ../nbs/00c_aihub.ipynb #e7a16934
 def first_of_each(keys: np.ndarray) -> np.ndarray:  # bool
     "Mark the first of equal numbers."
     first = np.zeros(len(keys), bool)
@@ -290,21 +295,25 @@ def find_photos(
     strange = png[names.codes[png] < 0]
     index = np.array(pc.match_substring_regex(names.names.take(pa.array(strange)), r"_index\.\w+$"), dtype=bool)
     problems += list_problems("index picture", [names.where(i, "an overview picture") for i in strange[index]])
-    problems += list_problems("name", [names.where(i, "not K(-dddddd)+_S_B_F_L_LA_LO_SZ.png") for i in strange[~index]])
+    other = np.flatnonzero(pc.match_substring_regex(names.names, r"(?i)\.jpe?g$"))
+    problems += list_problems("name", [names.where(i, "not K(-dddddd)+_S_B_F_L_LA_LO_SZ.png") for i in [*strange[~index], *other]])
     good = png[names.codes[png] >= 0]
     first = first_of_each(names.codes[good].astype(np.int64) * len(names.rest_words) + names.rest[good])
     problems += list_problems("double", [names.where(i, "the same photo lies in another folder") for i in good[~first]])
     photos = good[first]
     return photos[np.lexsort((names.rest[photos], names.codes[photos]))]
 
-# %% ../nbs/00c_aihub.ipynb #231488f6
+# %% ../nbs/00c_aihub.ipynb #dbc694fe
 def find_labels(
     names: Names,
     photos: np.ndarray,  # from find_photos
     problems: list[dict[str, Any]],
 ) -> tuple[np.ndarray, np.ndarray]:  # place of each label in `names`; row of its photo
     "Choose the label files that belong to a photo: one per pill."
-    found = np.flatnonzero(np.array(pc.ends_with(names.names, ".json"), dtype=bool) & (names.codes >= 0))
+    json_files = np.flatnonzero(pc.ends_with(names.names, ".json", ignore_case=True))
+    good = (names.codes[json_files] >= 0) & np.array(pc.ends_with(names.names.take(pa.array(json_files)), ".json"), dtype=bool)
+    problems += list_problems("name", [names.where(i, "no label: not K(-dddddd)+_S_B_F_L_LA_LO_SZ.json") for i in json_files[~good]])
+    found = json_files[good]
     pill = np.array([int(m[1]) if (m := re.search(r"(?:^|/)K-([0-9]{6})$", path)) else 0 for path in names.folders] or [0], np.int64)  # of the folder; 0: none
     key = names.codes.astype(np.int64) * len(names.rest_words) + names.rest
     first = first_of_each(key[found] * 1_000_000 + pill[names.folder[found]])
@@ -393,7 +402,7 @@ def label_sources(tables: Tables, labels: pd.DataFrame, roots: Sequence[Path]) -
     paths = [join_path(folder, f"{photo}.json") for folder, photo in zip(labels.folder, photos)]
     return [Source(roots[r], *rest) for r, *rest in zip(labels.root, paths, labels.offset.tolist(), labels.packed.tolist())]
 
-# %% ../nbs/00c_aihub.ipynb #537d3d23
+# %% ../nbs/00c_aihub.ipynb #1d0d9cc9
 def read_photo(
     photo: Source | Path,
 ) -> np.ndarray:  # (h, w, 3) uint8 RGB, turned upright by its EXIF tag
@@ -411,4 +420,4 @@ def photo_size(data: bytes) -> tuple[int, int]:  # width, height in px, upright
     exif = Image.Exif()
     with Image.open(io.BytesIO(data)) as im:
         exif.load(im.info.get("exif"))  # getexif() would decode a whole PNG
-        return im.size[::-1] if exif.get(0x0112, 1) >= 5 else im.size
+        return im.size[::-1] if exif.get(0x0112, 1) in (5, 6, 7, 8) else im.size

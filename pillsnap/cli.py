@@ -169,7 +169,7 @@ def publish(out: Path, key: str, settings: Settings, run: Path | None) -> Path:
     write_index(settings.reports)
     return page
 
-# %% ../nbs/10_cli.ipynb #325d193a
+# %% ../nbs/10_cli.ipynb #1b4584d1
 def absolute_paths(given: dict[str, Any]) -> dict[str, Any]:
     "Make folders absolute: the notebook runs in another folder than the person."
     paths = {"data_root": lambda text: os.pathsep.join(str(Path(p).expanduser().resolve()) for p in text.split(os.pathsep) if p),
@@ -190,7 +190,7 @@ def read_ahead(notebook: Path, stage: Stage, given: dict[str, Any], settings: Se
         if notebook.stem == NOTEBOOKS["explore"]:
             inspect_index(index, given.get("check", "sample"))
             return
-        print("to read for this stage, as estimated from a few files:", estimate_stage(index, stage).to_string(), sep="\n", file=sys.stderr)
+        print("to read for this stage, less what was read before, as estimated from a few files:", estimate_stage(index, stage).to_string(), sep="\n", file=sys.stderr)
         make_manifest(index, stage)
     except PillSnapError:
         pass  # the notebook meets the same error and writes it into the report
@@ -271,12 +271,12 @@ def synth(
         drawn = synthesise(out, SynthSpec(drugs, views, trays, seed, width, val_drugs, names, nfd, zips, cp949, defects), on_progress=lambda photos: bar.advance(task, photos))
     print(f"{drawn['photos']} photos in {out} ({drawn['photos_per_s']} a second)")
 
-# %% ../nbs/10_cli.ipynb #fc37178e
+# %% ../nbs/10_cli.ipynb #634d87f9
 @app.command()
 def index(
     data_root: Annotated[str, typer.Argument(help="Folder(s) with the data; default PILLSNAP_DATA_ROOT.")] = "",
     check: Annotated[str, typer.Option("--check", help="Label files and pictures to open: names (none), sample (a few of each drug), all.")] = "sample",
-    problems: Annotated[Path | None, typer.Option("--problems", help="Write every problem with its file and remedy to this CSV.")] = None,
+    problems: Annotated[Path | None, typer.Option("--problems", help="Write every problem with its file and remedy to this CSV; where over 20 files of a folder lack a partner, the folder is one line.")] = None,
     ministry: Annotated[Path | None, typer.Option("--ministry", help="CSV of the Ministry's pill table: list where it differs from the labels.")] = None,
     full: Annotated[bool, typer.Option("--full", help="List every folder again, for file systems that do not keep a folder's time of change.")] = False,
 ) -> None:
@@ -292,7 +292,7 @@ def index(
         raise PillSnapError("no data root: give a folder, or set PILLSNAP_DATA_ROOT in .env")
     found = ensure_index(roots, settings, full)
     rows = choose_rows(found.tables.images, check)
-    print(f"to read, by {check!r}, as estimated from a few files:", estimate(found, *rows).to_string(), sep="\n", end="\n\n", file=sys.stderr)
+    print(f"to read, by {check!r}, less what was read before, as estimated from a few files:", estimate(found, *rows).to_string(), sep="\n", end="\n\n", file=sys.stderr)
     wrong = show_index(found, inspect_index(found, check), ministry)
     if problems:
         save_problems(wrong, problems)

@@ -338,7 +338,7 @@ def read_json(path: Path) -> Any:
     except (OSError, ValueError) as e:
         raise PillSnapError(f"{path} cannot be read: {e}") from None
 
-# %% ../nbs/00_core.ipynb #896564ab
+# %% ../nbs/00_core.ipynb #9cfd8e5f
 @contextmanager
 def atomic_folder(
     path: Path,  # the final name; an older folder of that name is replaced
@@ -355,7 +355,12 @@ def atomic_folder(
                 sync_file(file)
             if path.exists():
                 os.replace(path, old)
-            os.replace(part, path)
+            try:
+                os.replace(part, path)
+            except OSError:
+                if old.exists():
+                    os.replace(old, path)
+                raise
         sync_folder(path.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -413,7 +418,7 @@ def display_text(text: str, handle: Any = None) -> Any:  # the handle to update 
     handle.update(content)
     return handle
 
-# %% ../nbs/00_core.ipynb #e655bb45
+# %% ../nbs/00_core.ipynb #b229b71d
 def content_hash(*parts: Any) -> str:  # 16 hex digits
     "Hash values by content: bytes as they are, anything else as canonical JSON."
     digest = hashlib.sha256()
@@ -426,7 +431,8 @@ def content_hash(*parts: Any) -> str:  # 16 hex digits
 def lock(settings: Settings, name: str) -> FileLock:
     "Make a lock between processes, for what is made once by whoever needs it first."
     folder = settings.work / "locks"
-    folder.mkdir(parents=True, exist_ok=True)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     return FileLock(folder / f"{name}.lock")
 
 # %% ../nbs/00_core.ipynb #f038dd1d

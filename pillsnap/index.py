@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'IDENTITY', 'HASHED', 'INDEX_FORMAT', 'CHECKS', 'SMALL', 'PER_DRUG', 'PICTURES', 'GRIDS', 'Index',
-           'list_roots', 'hash_table', 'build_index', 'small_stamps', 'write_index', 'load_index', 'ensure_index',
-           'same_listing', 'previous_listing', 'fresh_stamps', 'renew_index', 'choose_rows', 'inspect_index',
-           'time_reading', 'few', 'estimate', 'count_kinds', 'count_problems', 'all_problems', 'count_parts',
-           'count_drugs', 'count_trays', 'count_backgrounds', 'compare_sizes', 'stage_outlook', 'summarise',
-           'grid_names', 'chain_arrangements', 'simulate_folders', 'simulate_index', 'make_up_boxes']
+           'list_roots', 'hash_table', 'build_index', 'small_stamps', 'file_stamp', 'write_index', 'load_index',
+           'ensure_index', 'same_listing', 'previous_listing', 'fresh_stamps', 'renew_index', 'choose_rows',
+           'inspect_index', 'time_reading', 'few', 'estimate', 'count_kinds', 'count_problems', 'all_problems',
+           'count_parts', 'count_drugs', 'count_trays', 'count_backgrounds', 'compare_sizes', 'stage_outlook',
+           'summarise', 'grid_names', 'chain_arrangements', 'simulate_folders', 'simulate_index', 'make_up_boxes']
 
-# %% ../nbs/00db_index.ipynb #26963194
+# %% ../nbs/00db_index.ipynb #3d7541b0
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -23,9 +23,9 @@ import pandas as pd
 from .aihub import REMEDIES, Tables, label_sources, photo_sources
 from .core import STAGES, PillSnapError, Settings, atomic_folder, content_hash, lock, read_json, write_json
 from .drugs import REGISTRY_REMEDIES, audit_registry
-from .files import Files, Folder, by_unit, load_listing, save_listing, tabulate_files, walk
+from .files import Files, Folder, by_unit, is_text, load_listing, save_listing, tabulate_files, walk
 from .inspection import inspect, inspect_labels, inspect_photo, number_pills, spread_rows
-from .layouts import Layout, read_roots
+from .layouts import Layout, detect_layout, read_roots
 from .trees import ensure_synthetic
 
 # %% ../nbs/00db_index.ipynb #b97d03fb
@@ -49,7 +49,7 @@ def list_roots(roots: Sequence[Path], before: Sequence[Sequence[Folder]] = ()) -
     seen: set[tuple[int, int]] = set()
     return [list(walk(root, by_unit(before[i]) if i < len(before) else None, seen)) for i, root in enumerate(roots)]
 
-# %% ../nbs/00db_index.ipynb #7364a862
+# %% ../nbs/00db_index.ipynb #55f87663
 HASHED = 200_000  # rows at a time: their text becomes Python strings meanwhile
 
 
@@ -66,11 +66,15 @@ def build_index(
 ) -> Index:
     "Read all data roots by their names; raises PillSnapError where a root holds no known layout."
     tables, layouts = read_roots(roots, files or [tabulate_files(folders) for folders in list_roots(roots)])
+    if tables.images.empty:
+        found = "; ".join(f"{root}: {layout.found}" for root, layout in zip(roots, layouts))
+        first = "" if tables.problems.empty else f"; {int(tables.problems['count'].sum())} problems, first {tables.problems.file[0]}: {tables.problems.detail[0]}"
+        raise PillSnapError(f"no photo to use in {found}{first}. Labels alone are not enough: add the root with the photos")
     places = content_hash(hash_table(tables.images[["root", "folder", "offset"]]), hash_table(tables.labels))
     return Index(list(roots), tables, layouts, content_hash(hash_table(tables.images[IDENTITY]), hash_table(tables.pills)), places, store)
 
-# %% ../nbs/00db_index.ipynb #b2715df4
-INDEX_FORMAT = 3  # raise it when reading changes
+# %% ../nbs/00db_index.ipynb #600ab41d
+INDEX_FORMAT = 4  # raise it when reading changes
 
 
 def small_stamps(roots: Sequence[Path], files: Sequence[Files], layouts: Sequence[Layout]) -> str:
@@ -78,9 +82,17 @@ def small_stamps(roots: Sequence[Path], files: Sequence[Files], layouts: Sequenc
     stamps = []
     for root, listed, layout in zip(roots, files, layouts):
         for i in np.flatnonzero(listed.places[:, 0] < 0) if layout.kind != "aihub" else ():
-            stat = os.stat(root / listed.path(i))
-            stamps.append([listed.path(i), stat.st_size, stat.st_mtime_ns])
+            stamps.append([listed.path(i), *file_stamp(root / listed.path(i))])
     return content_hash(stamps)
+
+
+def file_stamp(path: Path) -> tuple[int, int]:  # bytes, time of change in ns; (-1, -1) for one that cannot be seen
+    "Say which version of a file lies there."
+    try:
+        stat = os.stat(path)
+        return stat.st_size, stat.st_mtime_ns
+    except OSError:
+        return -1, -1
 
 
 def write_index(index: Index, stamps: str, folder: Path) -> None:
@@ -97,7 +109,7 @@ def load_index(folder: Path, store: Path | None = None) -> Index:
     tables = Tables(*(pd.read_parquet(folder / f"{name}.parquet") for name in TABLES))
     return Index([Path(r) for r in info["roots"]], tables, [Layout(**x) for x in info["layouts"]], info["hash"], info["places"], store)
 
-# %% ../nbs/00db_index.ipynb #aec216a3
+# %% ../nbs/00db_index.ipynb #87b9418f
 def ensure_index(
     roots: list[Path],  # [] means: generated data
     settings: Settings,
@@ -105,13 +117,19 @@ def ensure_index(
 ) -> Index:
     "Return the index of the roots, building it under a lock if something is new or changed; the old one stays until the new one is whole."
     roots = roots or [ensure_synthetic(settings)]
+    for root in roots:
+        if not is_text(str(root)):
+            raise PillSnapError(f"data root {str(root)!r}: its path is not UTF-8; rename it (convmv -f cp949 -t utf8)")
     place = content_hash([str(r) for r in roots])
-    folder, store = settings.work / "index" / place, settings.work / "inspected" / place
+    folder, store = settings.work / "index" / place, settings.work / "inspected"
     with lock(settings, f"index-{place}"):
         before, info = previous_listing(folder, len(roots))
         listings = list_roots(roots, () if full else before)
         if before and same_listing(before, listings) and info["stamps"] == fresh_stamps(roots, listings, info):
-            return load_index(folder, store)
+            try:
+                return load_index(folder, store)
+            except (OSError, ValueError, KeyError, PillSnapError):  # damaged: make it again
+                pass
         return renew_index(roots, listings, folder, store)
 
 
@@ -136,7 +154,7 @@ def fresh_stamps(roots: Sequence[Path], listings: Sequence[Sequence[Folder]], in
     layouts = [Layout(**x) for x in info["layouts"]]
     return small_stamps(roots, [tabulate_files(x if layout.kind != "aihub" else []) for x, layout in zip(listings, layouts)], layouts)
 
-# %% ../nbs/00db_index.ipynb #13cd2a57
+# %% ../nbs/00db_index.ipynb #932a6d87
 def renew_index(roots: list[Path], listings: list[list[Folder]], folder: Path, store: Path) -> Index:
     "Build and save an index; a listing goes to the disk first, so that it need not stay in memory."
     files = []
@@ -145,8 +163,9 @@ def renew_index(roots: list[Path], listings: list[list[Folder]], folder: Path, s
             save_listing(listing, part / f"listing-{i}.parquet")
             files.append(tabulate_files(listing))
             listings[i] = listing = []
+        stamps = small_stamps(roots, files, [detect_layout(x) for x in files])  # before they are read: a change in between is seen next time
         index = build_index(roots, files, store)
-        write_index(index, small_stamps(roots, files, index.layouts), part)
+        write_index(index, stamps, part)
     return index
 
 # %% ../nbs/00db_index.ipynb #f4fc6972

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['HELD_LIGHT', 'HELD_LONGITUDES', 'GUARDS', 'FRAME_SHARE', 'SPLITS', 'MIX', 'PLACE', 'PILL_FIELDS', 'SAMPLED',
            'unit_hash', 'split_singles', 'held_drugs', 'split_trays', 'split_photos', 'assign_splits', 'name_groups',
-           'rank_photos', 'rank_classes', 'share_out', 'sample_trays', 'Known', 'choose_classes', 'Sample',
-           'sample_stage', 'take_ranked', 'group_leaks', 'pose_leaks', 'byte_leaks', 'prove_no_leak', 'lacking_classes',
-           'settle_sample', 'Manifest', 'tabulate_pills', 'csv_bytes', 'sampling_inputs', 'make_manifest',
-           'count_trays_left', 'estimate_stage', 'save_manifest', 'load_manifest', 'ensure_manifest',
-           'previous_manifest', 'changed_inputs', 'plot_condition_split', 'plot_drug_split', 'count_splits',
-           'summarise_manifest']
+           'rank_photos', 'rank_classes', 'share_out', 'sample_trays', 'Known', 'choose_classes', 'explain_nothing',
+           'Sample', 'sample_stage', 'take_ranked', 'group_leaks', 'pose_leaks', 'byte_leaks', 'prove_no_leak',
+           'lacking_classes', 'find_copies', 'settle_sample', 'blame_copies', 'Manifest', 'tabulate_pills', 'csv_bytes',
+           'sampling_inputs', 'make_manifest', 'count_trays_left', 'estimate_stage', 'save_manifest', 'load_manifest',
+           'ensure_manifest', 'previous_manifest', 'changed_inputs', 'plot_condition_split', 'plot_drug_split',
+           'count_splits', 'summarise_manifest']
 
 # %% ../nbs/02_manifest.ipynb #9257d859
 import io
@@ -98,7 +98,7 @@ def split_photos(photos: pd.DataFrame, stage: Stage) -> np.ndarray:  # split of 
     frame = extra & (unit_hash(photos.photo, "frame") < 0.35)
     return np.select([test, val, frame], ["test", "val", "frame"], "train")
 
-# %% ../nbs/02_manifest.ipynb #5195dfa8
+# %% ../nbs/02_manifest.ipynb #6ae10f20
 def assign_splits(
     images: pd.DataFrame,  # the index's images
     stage: Stage,  # only `split`, `train_session` and `fold` are read, and only for photos
@@ -106,6 +106,8 @@ def assign_splits(
     "Decide for every image of an index where it belongs."
     if stage.split == "condition" and (images.kind == "photo").any():
         raise PillSnapError("these photos have no capture conditions to hold out: set split=photo or split=session in overrides")
+    if stage.split != "condition" and (images.kind != "photo").any():
+        raise PillSnapError(f"split={stage.split} is for photos of YOLO and COCO sets; these roots hold studio singles or trays too: give the roots apart, each with a name of its own")
     rules = {"single": split_singles, "combination": split_trays, "photo": lambda rows: split_photos(rows, stage)}
     codes = np.full(len(images), len(SPLITS) - 1, np.int8)
     for kind, rule in rules.items():
@@ -177,7 +179,7 @@ def sample_trays(images: pd.DataFrame, good: np.ndarray, classes: list[str], sta
     order = order.sort_values(["old", "hash"], ascending=[False, True])
     return rows[codes.isin(order.index[order.n.cumsum() <= round(stage.images * stage.tray_share)])]
 
-# %% ../nbs/02_manifest.ipynb #589e72d7
+# %% ../nbs/02_manifest.ipynb #895a3abc
 @dataclass(frozen=True)
 class Known:
     "What reading has shown about an index so far."
@@ -195,7 +197,19 @@ def choose_classes(images: pd.DataFrame, pills: pd.DataFrame, stage: Stage, know
     order, left_out = [c for c in order if c not in known.lacking], sorted({*left_out, *known.lacking})
     if len(order) < stage.classes and not stage.allow_short:
         raise PillSnapError(f"{stage.key} asks for {stage.classes} drugs, the data has {len(order)} with photos in every split: lower `classes` in overrides, or set allow_short=true")
+    if not order:
+        raise PillSnapError(f"{stage.key}: no drug has usable photos in train, val and test: {explain_nothing(images)}")
     return order[: stage.classes], left_out
+
+
+def explain_nothing(images: pd.DataFrame) -> str:
+    "Say why no drug can be chosen."
+    open_part = images[images.part != "val"]
+    if open_part.empty:
+        return "all photos are of the official Validation, whose drugs are never trained; add the Training part"
+    if not (open_part.kind != "combination").any():
+        return "there are trays only; add the singles"
+    return "no photo has its labels; add the label root" if not open_part.usable.any() else "the photos cover too few lights and longitudes; see `pillsnap index`"
 
 # %% ../nbs/02_manifest.ipynb #3ed01bc9
 @dataclass(frozen=True)
@@ -279,12 +293,18 @@ def prove_no_leak(images: pd.DataFrame) -> dict[str, int]:  # the number of leak
             raise PillSnapError(f"the split leaks: {len(leaks)} by {check}, first {leaks.iloc[0].to_dict()}; remove the copies, or report this as a defect")
     return {check: len(leaks) for check, leaks in found.items()}
 
-# %% ../nbs/02_manifest.ipynb #9c67d6cb
+# %% ../nbs/02_manifest.ipynb #da82c801
 def lacking_classes(images: pd.DataFrame, classes: list[str]) -> set[str]:  # of a sample by condition
     "Find the classes without a photo in train, val or test."
     singles = images[images.kind == "single"].astype({"codes": str, "split": str})
     seen = singles.groupby(["codes", "split"]).size().unstack(fill_value=0).reindex(index=classes, columns=["train", "val", "test"], fill_value=0)
     return set(seen.index[(seen == 0).any(axis=1)])
+
+
+def find_copies(images: pd.DataFrame) -> frozenset:  # rows
+    "Find photos whose bytes are those of another photo: all but the first by name."
+    known = images[images.digest > 0].assign(name=lambda t: t.photo + t.ending.astype(str)).sort_values(["name", "folder"])
+    return frozenset(known.index[known.duplicated("digest")])
 
 
 def settle_sample(
@@ -298,14 +318,20 @@ def settle_sample(
     while True:
         sample = sample_stage(images, pills, stage, known)
         seen = look(sample.rows)
-        problems.append(seen.problems)
-        bad = known.bad | frozenset(seen.images.index[~seen.images.usable])
+        problems += [seen.problems, blame_copies(seen.images)]
+        bad = known.bad | frozenset(seen.images.index[~seen.images.usable]) | find_copies(seen.images)
         lacking = lacking_classes(images.iloc[sample.rows], sample.classes) if stage.split == "condition" else set()
         if len(lacking) * 2 > len(sample.classes):
             raise PillSnapError(f"{stage.key}: {stage.images} photos are too few for {stage.classes} drugs, {len(lacking)} of them would lack a split: raise `images` or lower `classes` in overrides")
         if bad == known.bad and not lacking:
             return sample, seen, pd.concat(problems).drop_duplicates(["root", "file", "what"], ignore_index=True)
         known = Known(bad, known.lacking | lacking)
+
+# %% ../nbs/02_manifest.ipynb #d8c61244
+def blame_copies(images: pd.DataFrame) -> pd.DataFrame:
+    "List photos that are copies of another."
+    copies = images.loc[sorted(find_copies(images))]
+    return make_table([{"root": root, "file": path, "what": "double", "detail": "its bytes are those of another photo", "count": 1} for root, path in zip(copies.root, image_paths(copies))], PROBLEM_COLUMNS)
 
 # %% ../nbs/02_manifest.ipynb #df22cded
 PLACE = ["root", "image", "offset", "packed"]  # where a photo lies
@@ -444,7 +470,7 @@ def changed_inputs(manifest: Manifest, index: Index, stage: Stage) -> str:  # ""
     inputs = sampling_inputs(index, stage)
     return ", ".join(sorted(k for k in inputs if manifest.report["inputs"].get(k) != inputs[k]))
 
-# %% ../nbs/02_manifest.ipynb #54315b48
+# %% ../nbs/02_manifest.ipynb #70da21ba
 def plot_condition_split(manifest: Manifest) -> Figure:
     "Draw where each light and longitude of the sampled singles went; for photos, the pills of each drug."
     singles = manifest.pills[manifest.pills.kind == "single"]
@@ -462,7 +488,7 @@ def plot_drug_split(manifest: Manifest) -> Figure:
 
 def count_splits(manifest: Manifest) -> pd.DataFrame:  # one row per kind and split
     "Count photos, pills, drugs and groups."
-    rows = manifest.pills.assign(photo_id=manifest.pills.photo + manifest.pills.ending)
+    rows = manifest.pills.assign(photo_id=manifest.pills.root.astype(str) + manifest.pills.image)
     return rows.groupby(["kind", "split"]).agg(photos=("photo_id", "nunique"), pills=("image", "size"), drugs=("k_code", "nunique"), groups=("group", "nunique"))
 
 # %% ../nbs/02_manifest.ipynb #e265d1e9
