@@ -283,7 +283,7 @@ def join_path(*parts: str) -> str:
     "Join parts of a relative path, leaving out empty ones."
     return "/".join(p for p in parts if p)
 
-# %% ../nbs/00ba_files.ipynb #e016fef5
+# %% ../nbs/00ba_files.ipynb #f8cfd1b5
 FRESH = 2_000_000_000  # ns; what changed so shortly before it was listed may change again within one tick of its clock
 
 
@@ -316,7 +316,7 @@ def list_folder(root: Path, path: str, stamp: int) -> Folder:
         problem = dict(what="zip", problem=f"{len(unread)} archives of another kind, or parts of one, first {min(unread)}: join or unpack them")
     return Folder(path, path, -1 if links else stamp, 0, *("/".join(sorted(x)) for x in (names, folders, archives, dangling)), **problem)
 
-
+# %% ../nbs/00ba_files.ipynb #c78acaa2
 def is_folder(entry: os.DirEntry) -> bool:
     "Say whether it is a folder; a link that leads round in a circle is none."
     try:
@@ -355,7 +355,7 @@ def list_archive(root: Path, path: str, size: int, stamp: int) -> list[Folder]: 
         found[0] = replace(found[0], what="zip", problem=left_out)
     return found
 
-# %% ../nbs/00ba_files.ipynb #d347a550
+# %% ../nbs/00ba_files.ipynb #e45b40aa
 def walk(
     root: Path,
     before: Mapping[str, Sequence[Folder]] | None = None,  # unit → its folders, as listed last time
@@ -371,7 +371,7 @@ def walk(
         below += [(join_path(path, name), True) for name in found[0].archives.split("/") if name]
         waiting += reversed(below)
 
-
+# %% ../nbs/00ba_files.ipynb #93a4bb13
 def visit(root: Path, path: str, archive: bool, old: Sequence[Folder], seen: set[tuple[int, int]]) -> Sequence[Folder]:
     "List one folder or ZIP, or take it from the last listing."
     try:

@@ -109,7 +109,7 @@ def load_index(folder: Path, store: Path | None = None) -> Index:
     tables = Tables(*(pd.read_parquet(folder / f"{name}.parquet") for name in TABLES))
     return Index([Path(r) for r in info["roots"]], tables, [Layout(**x) for x in info["layouts"]], info["hash"], info["places"], store)
 
-# %% ../nbs/00db_index.ipynb #87b9418f
+# %% ../nbs/00db_index.ipynb #645c1a8c
 def ensure_index(
     roots: list[Path],  # [] means: generated data
     settings: Settings,
@@ -132,7 +132,7 @@ def ensure_index(
                 pass
         return renew_index(roots, listings, folder, store)
 
-
+# %% ../nbs/00db_index.ipynb #d36d7b25
 def same_listing(a: Sequence[Sequence[Folder]], b: Sequence[Sequence[Folder]]) -> bool:
     "Say whether two listings of the same roots are equal."
     def same(f: Folder, g: Folder) -> bool:

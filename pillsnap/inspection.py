@@ -36,7 +36,7 @@ from .core import PillSnapError, atomic_path, show_work
 from .drugs import build_registry
 from .files import Source, split_archive
 
-# %% ../nbs/00cb_inspection.ipynb #51f8573c
+# %% ../nbs/00cb_inspection.ipynb #dd9c9e12
 @dataclass(frozen=True)
 class Store:
     "Results of reading, in one folder."
@@ -74,7 +74,7 @@ class Store:
                 if part != merged:
                     part.unlink(missing_ok=True)
 
-
+# %% ../nbs/00cb_inspection.ipynb #076af092
 def compact(rows: pd.DataFrame) -> pd.DataFrame:
     "Make text categorical, and give digests the type that holds them all."
     text = {name: "category" for name, dtype in rows.dtypes.items() if dtype in ("object", "str")}
@@ -97,7 +97,7 @@ def version_keys(
         texts.append(f"{source}|{source.offset}|{stamps[at]}")
     return pd.util.hash_array(np.array(texts, dtype=object), categorize=False)
 
-# %% ../nbs/00cb_inspection.ipynb #c363e689
+# %% ../nbs/00cb_inspection.ipynb #95b1072f
 BATCH = 2_000  # files in one piece of work
 KEEP_SECONDS = 10.0  # what a kill can cost
 GONE = 100  # files that cannot be opened: more, and most of a batch, is a disk that went away
@@ -127,7 +127,7 @@ def read_through(
     table = stack_rows(parts)
     return table[~table.index.duplicated()].reindex(keys).reset_index(drop=True)
 
-
+# %% ../nbs/00cb_inspection.ipynb #31c40b7a
 def keep(rows: list[tuple], columns: Sequence[str], keys: np.ndarray, store: Store) -> pd.DataFrame:
     "Keep results, except of files that could not be opened: that may pass. Raises PillSnapError if most of many could not."
     table = compact(pd.DataFrame(rows, columns=list(columns), index=pd.Index(keys, name="key")))
@@ -265,7 +265,7 @@ def find_loose(
     ratio = (pills[["w", "h"]].max(axis=1) / median.reindex(pd.MultiIndex.from_arrays([pills.k_code, pills.kind.astype(str)])).to_numpy(float)).fillna(1.0)
     return pd.Series(np.where((ratio > LOOSE) | (ratio < TIGHT), "box is " + ratio.round(2).astype(str) + " times the median of its drug", ""), index=pills.index, dtype=object)
 
-# %% ../nbs/00cb_inspection.ipynb #402a4c8a
+# %% ../nbs/00cb_inspection.ipynb #ce9b5784
 SLICE = 200_000  # label files
 
 
@@ -290,7 +290,7 @@ def read_pills(tables: Tables, roots: Sequence[Path], rows: np.ndarray, store: S
     drugs = asked.drug[~asked.what.isin(["label", "unreadable", "wrong code"])].astype(str).value_counts(sort=False)
     return good[~double & (loose == "").to_numpy()], drugs
 
-
+# %% ../nbs/00cb_inspection.ipynb #ed380433
 def read_slice(tables: Tables, roots: Sequence[Path], labels: pd.DataFrame, store: Store, known: pd.DataFrame) -> pd.DataFrame:
     "Read some label files: never so many at a time that their paths fill the memory."
     sources = label_sources(tables, labels, roots)
@@ -328,7 +328,7 @@ def inspect(
     registry = build_registry([json.loads(text) for text in drugs.index], drugs.tolist())
     return Tables(images.drop(columns="readable"), tables.labels, pills, pd.concat([registry, tables.drugs]) if len(tables.drugs) else registry, make_table(problems, PROBLEM_COLUMNS))
 
-# %% ../nbs/00cb_inspection.ipynb #76348f0b
+# %% ../nbs/00cb_inspection.ipynb #0a2e9295
 def measure_photos(images: pd.DataFrame, roots: Sequence[Path], chosen: np.ndarray, store: Store, read: pd.DataFrame, problems: list[dict]) -> pd.DataFrame:
     "Add size, bytes and digest to the chosen photos; `readable` is False for damaged ones and for those of another size than their label says."
     said = read.groupby("row")[["width", "height"]].first().reindex(images.index)
@@ -351,7 +351,7 @@ def measure_photos(images: pd.DataFrame, roots: Sequence[Path], chosen: np.ndarr
         images.loc[good.index, name] = good[name].astype(images[name].dtype)
     return images
 
-
+# %% ../nbs/00cb_inspection.ipynb #0d6fb7c9
 def judge(images: pd.DataFrame, read: pd.DataFrame, problems: list[dict]) -> pd.DataFrame:
     "Take `usable` away from photos whose labels turned out bad; a tray that became incomplete by that is listed."
     named = images[(images.source == "aihub") & images.usable]

@@ -151,7 +151,7 @@ def yolo_boxes(text: str, classes: list[str], width: int, height: int) -> list[t
         pills.append((classes[int(index)], tuple(round(v, 2) for v in (left, top, right - left, bottom - top))))
     return pills
 
-# %% ../nbs/00ca_layouts.ipynb #3f542c1c
+# %% ../nbs/00ca_layouts.ipynb #99ff3eba
 def read_yolo(root: Path, number: int, files: Files) -> Tables:
     "Read a YOLO folder: `images/train/…` or Roboflow's `train/images/…`, labels beside them, `data.yaml`."
     rows = Collector(root, number, files, "yolo")
@@ -169,7 +169,7 @@ def read_yolo(root: Path, number: int, files: Files) -> Tables:
         add_photo(rows, path, size, boxes, usable, n)
     return collect(rows, (name for names in classes.values() for name in names))
 
-
+# %% ../nbs/00ca_layouts.ipynb #70272d2d
 def label_path(photo: str) -> str:  # "" if no folder above it is called images
     "Give the path of a photo's label file: the last `images` becomes `labels`."
     folder, _, name = photo.rpartition("/")
@@ -217,7 +217,7 @@ def coco_boxes(content: Mapping[str, list[dict]]) -> tuple[dict[Any, list[tuple[
             wrong.append((row.get("image_id"), f"annotation {row.get('id')!r}: {type(e).__name__} {e}"))
     return boxes, wrong
 
-# %% ../nbs/00ca_layouts.ipynb #a5c17394
+# %% ../nbs/00ca_layouts.ipynb #8c29c7c9
 def read_coco(root: Path, number: int, files: Files) -> Tables:
     "Read the COCO files under a root."
     rows = Collector(root, number, files, "coco")
@@ -242,7 +242,7 @@ def read_coco(root: Path, number: int, files: Files) -> Tables:
         raise PillSnapError(f"{root}: no JSON file in it is a COCO file (images, annotations, categories) with photos under the same root; first: {rows.problems[0]['file'] if rows.problems else 'none'}")
     return collect(rows, classes)
 
-
+# %% ../nbs/00ca_layouts.ipynb #4a2d80bc
 def add_coco_photo(rows: Collector, file: str, name: str, boxes: list, whole: bool, ends: Mapping[str, list[str]]) -> None:
     "Add one photo that a COCO file names."
     name = plain(name)

@@ -432,7 +432,7 @@ def load_manifest(folder: Path) -> Manifest:
     text = dict.fromkeys(("image", "photo", "ending", "kind", "source", "part", "k_code", "split", "group"), "str")
     return Manifest(pd.read_csv(io.BytesIO(data), dtype=text, keep_default_na=False), classes, report, problems)
 
-# %% ../nbs/02_manifest.ipynb #0d21d8bd
+# %% ../nbs/02_manifest.ipynb #81a6beb4
 def ensure_manifest(
     plan: Parameters,
     index: Index,
@@ -454,7 +454,7 @@ def ensure_manifest(
         save_manifest(made, folder)
         return made
 
-
+# %% ../nbs/02_manifest.ipynb #7d66e491
 def previous_manifest(folder: Path, renew: bool) -> Manifest | None:
     "Read the manifest that is there; a damaged one counts as none where it is made again anyway."
     try:
