@@ -151,13 +151,13 @@ def check_label(
     wrong = box_problem(label.box, label.width, label.height)
     return ("box", f"{label.k_code}: {wrong}") if wrong else ("", "")
 
-# %% ../nbs/00c_aihub.ipynb #21e12b5a
+# %% ../nbs/00c_aihub.ipynb #4171473e
 STR = pd.StringDtype("pyarrow", na_value=np.nan)  # what "str" is, made from Arrow without a copy
 IMAGE_COLUMNS = {
-    "root": "int16", "folder": "category", "photo": "str", "ending": "category", "offset": "int64", "packed": "int64", "bytes": "int64", "kind": "category", "source": "category",
+    "root": "int16", "folder": "category", "photo": "str", "ending": "category", "offset": "int64", "packed": "int32", "bytes": "int32", "kind": "category", "source": "category",
     "part": "category", "codes": "category", "n_codes": "int16", "labels": "int16", "width": "int32", "height": "int32", "back": "int8", "side": "int8", "light": "int8",
     "latitude": "int16", "longitude": "int16", "usable": "bool"}
-LABEL_COLUMNS = {"row": "int64", "root": "int16", "folder": "category", "offset": "int64", "packed": "int64"}
+LABEL_COLUMNS = {"row": "int64", "root": "int16", "folder": "category", "offset": "int64", "packed": "int32"}
 PILL_COLUMNS = {"row": "int64", "pill": "int16", "k_code": "str", "x": "float64", "y": "float64", "w": "float64", "h": "float64"}
 PROBLEM_COLUMNS = {"root": "int16", "file": "str", "what": "str", "detail": "str", "count": "int64"}
 
@@ -325,7 +325,7 @@ def find_labels(
     order = np.lexsort((pill[names.folder[found[paired]]], row[paired]))
     return found[paired][order], row[paired][order]
 
-# %% ../nbs/00c_aihub.ipynb #488cedb3
+# %% ../nbs/00c_aihub.ipynb #666fc90a
 def image_table(names: Names, photos: np.ndarray, labels: np.ndarray, roots: Mapping[int, Path]) -> pd.DataFrame:
     "Describe the photos of AIHub trees."
     words = [parse_name(f"K-000000{rest}") for rest in names.rest_words]
@@ -336,7 +336,7 @@ def image_table(names: Names, photos: np.ndarray, labels: np.ndarray, roots: Map
     stems, (endings, ending_words) = cut_names(names.names, photos)
     columns = {field: np.array([getattr(w, field) for w in words], IMAGE_COLUMNS[field])[rest] for field in ("back", "side", "light", "latitude", "longitude")}
     return column_table(columns | {
-        "root": names.root[folder], "folder": categorise(names.folders, folder), "photo": STR.__from_arrow__(stems), "ending": categorise(ending_words, endings), **dict(zip(("offset", "packed", "bytes"), names.places[photos].T)),
+        "root": names.root[folder], "folder": categorise(names.folders, folder), "photo": STR.__from_arrow__(stems), "ending": categorise(ending_words, endings), **{name: names.places[photos, i].astype(IMAGE_COLUMNS[name]) for i, name in enumerate(("offset", "packed", "bytes"))},
         "kind": pd.Categorical.from_codes((n_codes > 1).astype(np.int8), ["single", "combination"]), "source": pd.Categorical.from_codes(np.zeros(len(photos), np.int8), ["aihub"]),
         "part": pd.Categorical(parts[folder], ["train", "val"]), "codes": pd.Categorical.from_codes(names.codes[photos], [" ".join(c) for c in codes]), "n_codes": n_codes,
         "labels": labels, "width": 0, "height": 0, "usable": labels >= n_codes}, IMAGE_COLUMNS, len(photos))

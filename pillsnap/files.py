@@ -32,13 +32,14 @@ import pyarrow.parquet
 
 from .core import PillSnapError
 
-# %% ../nbs/00ba_files.ipynb #5d9a1d9c
+# %% ../nbs/00ba_files.ipynb #09a2b5a4
 END, END64, LOCATOR = struct.Struct("<4s4H2LH"), struct.Struct("<4sQ2H2L4Q"), struct.Struct("<4sLQL")
 LOCAL = struct.Struct("<4s5H3L2H")
 CENTRAL = np.dtype([(name, f"<u{size}") for name, size in (
     ("signature", 4), ("made", 2), ("needs", 2), ("flags", 2), ("method", 2), ("time", 4), ("crc", 4), ("packed", 4), ("size", 4),
     ("name", 2), ("extra", 2), ("note", 2), ("disk", 2), ("internal", 2), ("external", 4), ("offset", 4))])
 STORED, DEFLATED = 0, 8
+LARGEST = 1 << 28  # bytes; no photo or label is larger, a decompression bomb is
 
 
 class ZipError(ValueError):
@@ -107,7 +108,7 @@ def find_entries(data: bytes) -> tuple[np.ndarray, np.ndarray]:  # where each en
         raise ZipError(f"entry {len(chosen) + 1} of its list is damaged")
     return at[chosen], records[chosen]
 
-# %% ../nbs/00ba_files.ipynb #44987a40
+# %% ../nbs/00ba_files.ipynb #1b3274ea
 @dataclass(frozen=True)
 class Entries:
     "The files in a ZIP, in the order of its list."
@@ -133,7 +134,8 @@ def read_entries(
     for i in np.flatnonzero(wanted & (places == 0xFFFFFFFF).any(axis=1)):
         end = starts[i] + records["name"][i]
         places[i] = large_numbers(data[end : end + records["extra"][i]], *places[i, ::-1].tolist())[::-1]
-    chosen = np.flatnonzero(wanted)
+    reasons["larger than any photo"] = wanted & (places[:, 1:] > LARGEST).any(axis=1)
+    chosen = np.flatnonzero(wanted & ~reasons["larger than any photo"])
     return Entries([clean_name(names[i]) for i in chosen], places[chosen] + [shift, 0, 0], {reason: int(n.sum()) for reason, n in reasons.items() if n.any()})
 
 # %% ../nbs/00ba_files.ipynb #43061adc
@@ -154,10 +156,7 @@ def large_numbers(extra: bytes, *values: int) -> tuple[int, ...]:  # the values,
         at += 4 + length
     raise ZipError("an entry over 4 GB lacks its ZIP64 field")
 
-# %% ../nbs/00ba_files.ipynb #8c48ebbe
-LARGEST = 1 << 28  # bytes; no photo or label is larger, a decompression bomb is
-
-
+# %% ../nbs/00ba_files.ipynb #717e4ccf
 @lru_cache(maxsize=256)
 def open_version(path: str, version: tuple[int, ...]) -> FileIO:
     "Keep one version of an archive open."
