@@ -76,6 +76,21 @@ class TestTrays:
         assert list(found.tables.problems.what) == ["incomplete tray"]
         assert gone.stem not in set(make_manifest(found, replace(plan().stage, images=60)).pills.photo)
 
+    def test_a_tray_with_a_bad_box_is_incomplete(self, tree, tmp_path, plan):
+        "All label files are there, and one box is outside the photo: found by reading, listed, left out."
+        root = tmp_path / "copy"
+        shutil.copytree(tree, root)
+        path = next((root / "data/train/labels/combination").rglob("*.json"))
+        label = json.loads(path.read_text("utf-8"))
+        label["annotations"][0]["bbox"][0] += 6000
+        path.write_text(json.dumps(label), "utf-8")
+        found = build_index([root])
+        assert found.tables.images.usable.all()
+        seen = inspect(found.tables, [root])
+        assert sorted(seen.problems.what) == ["box", "incomplete tray"] and seen.images.photo[~seen.images.usable].tolist() == [path.stem]
+        manifest = make_manifest(found, replace(plan().stage, images=60, tray_share=1.0, allow_short=True))
+        assert path.stem not in set(manifest.pills.photo) and (manifest.pills.kind == "combination").any()
+
     def test_the_identity_is_the_mapping_code(self, tree, tmp_path):
         "Re-packaged sets carry a category id per file; it must not become the class."
         root = tmp_path / "copy"
@@ -118,6 +133,16 @@ class TestSplit:
         assert len(byte_leaks(images.assign(split="train"))) == 0
         with pytest.raises(PillSnapError, match="were not read"):
             byte_leaks(images.assign(digest=0))
+
+    def test_a_copy_under_another_name_is_left_out_and_listed(self, tree, tmp_path, plan, manifest):
+        singles = manifest.pills[manifest.pills.kind == "single"]
+        train, test = (singles[singles.split == split].iloc[0] for split in ("train", "test"))
+        root = tmp_path / "copy"
+        shutil.copytree(tree, root)
+        shutil.copy(root / train.image, root / test.image)
+        again = make_manifest(build_index([root]), plan().stage)
+        assert len({train.photo, test.photo} & set(again.pills.photo)) == 1 and again.report["defects"] == {"double": 1}
+        assert again.pills.photo.nunique() == manifest.pills.photo.nunique()
 
     def test_copies_of_one_photo_stay_together(self, tmp_path, plan):
         (tmp_path / "images/train").mkdir(parents=True)
