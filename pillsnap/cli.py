@@ -26,8 +26,8 @@ import typer
 from .core import (PillSnapError, atomic_path, Settings, Stage, data_roots, find_run, get_stage, list_runs, load_settings, open_roots, read_events, read_json, read_metrics,
                            stale_modules, suggest, tail_events, write_json)
 
-# %% ../nbs/10_cli.ipynb #476638c6
-NOTEBOOKS = {"explore": "01_explore", "manifest": "02_manifest", "train": "04_train", "evaluate": "05_evaluate"}
+# %% ../nbs/10_cli.ipynb #110b4135
+NOTEBOOKS = {"explore": "01_explore", "manifest": "02_manifest", "compose": "03b_compose", "train": "04_train", "evaluate": "05_evaluate"}
 
 
 def notebook_parameters(path: Path) -> set[str]:
@@ -222,10 +222,10 @@ StageOption = Annotated[str, typer.Option("--stage", help="Row of the stage tabl
 DataOption = Annotated[str, typer.Option("--data-root", help=f"Folder(s) with the data, separated by '{os.pathsep}'. Default: PILLSNAP_DATA_ROOT; stage 0 draws its own.")]
 OverridesOption = Annotated[str, typer.Option("--overrides", help='Fields of the stage, as "epochs=3 lr=1e-3".')]
 
-# %% ../nbs/10_cli.ipynb #abfe0857
+# %% ../nbs/10_cli.ipynb #91bb2b09
 @app.command()
 def run(
-    notebook: Annotated[str, typer.Argument(help="explore, manifest, train or evaluate.")],
+    notebook: Annotated[str, typer.Argument(help="explore, manifest, compose, train or evaluate.")],
     stage: StageOption = "0",
     data_root: DataOption = "",
     run: Annotated[str, typer.Option("--run", help="train: name of the new run. evaluate: the run to measure; default the newest complete one.")] = "",
