@@ -169,7 +169,7 @@ def publish(out: Path, key: str, settings: Settings, run: Path | None) -> Path:
     write_index(settings.reports)
     return page
 
-# %% ../nbs/10_cli.ipynb #1b4584d1
+# %% ../nbs/10_cli.ipynb #0241775a
 def absolute_paths(given: dict[str, Any]) -> dict[str, Any]:
     "Make folders absolute: the notebook runs in another folder than the person."
     paths = {"data_root": lambda text: os.pathsep.join(str(Path(p).expanduser().resolve()) for p in text.split(os.pathsep) if p),
@@ -190,7 +190,7 @@ def read_ahead(notebook: Path, stage: Stage, given: dict[str, Any], settings: Se
         if notebook.stem == NOTEBOOKS["explore"]:
             inspect_index(index, given.get("check", "sample"))
             return
-        print("to read for this stage, less what was read before, as estimated from a few files:", estimate_stage(index, stage).to_string(), sep="\n", file=sys.stderr)
+        print("to read for this stage at most, as estimated from a few files:", estimate_stage(index, stage).to_string(), sep="\n", file=sys.stderr)
         make_manifest(index, stage)
     except PillSnapError:
         pass  # the notebook meets the same error and writes it into the report
@@ -271,7 +271,7 @@ def synth(
         drawn = synthesise(out, SynthSpec(drugs, views, trays, seed, width, val_drugs, names, nfd, zips, cp949, defects), on_progress=lambda photos: bar.advance(task, photos))
     print(f"{drawn['photos']} photos in {out} ({drawn['photos_per_s']} a second)")
 
-# %% ../nbs/10_cli.ipynb #634d87f9
+# %% ../nbs/10_cli.ipynb #c353f324
 @app.command()
 def index(
     data_root: Annotated[str, typer.Argument(help="Folder(s) with the data; default PILLSNAP_DATA_ROOT.")] = "",
@@ -292,7 +292,7 @@ def index(
         raise PillSnapError("no data root: give a folder, or set PILLSNAP_DATA_ROOT in .env")
     found = ensure_index(roots, settings, full)
     rows = choose_rows(found.tables.images, check)
-    print(f"to read, by {check!r}, less what was read before, as estimated from a few files:", estimate(found, *rows).to_string(), sep="\n", end="\n\n", file=sys.stderr)
+    print(f"to read at most, by {check!r}, as estimated from a few files:", estimate(found, *rows).to_string(), sep="\n", end="\n\n", file=sys.stderr)
     wrong = show_index(found, inspect_index(found, check), ministry)
     if problems:
         save_problems(wrong, problems)
