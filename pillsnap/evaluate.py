@@ -9,7 +9,7 @@ __all__ = ['MAY_CHANGE', 'RUNGS', 'interval', 'calibration_bins', 'expected_cali
            'slice_table', 'confused_pairs', 'confusion_counts', 'plot_confusions', 'mistakes', 'check_gates',
            'background_metrics', 'Evaluation', 'show_mistakes', 'evaluate_run', 'tidy', 'gate_table', 'metric_table']
 
-# %% ../nbs/05_evaluate.ipynb #0b943efd
+# %% ../nbs/05_evaluate.ipynb #a6222bca
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,12 +25,13 @@ from .aihub import pill_source, read_photo
 from .classifier import load_classifier, predict, score, softmax
 from .core import Parameters, PillSnapError, Stage, append_event, open_roots, parse_overrides, pick_device, read_events, read_json, read_metrics, write_metrics
 from .data import PillDataset, batches
+from .identify import share
 from .manifest import Manifest, load_manifest
 from .preprocess import Preprocess, cover_pill
 from .train import classifier_pills
 from .viz import SPLIT_COLOURS, image_grid, plot_bars, plot_confusion, plot_lines, plot_reliability
 
-# %% ../nbs/05_evaluate.ipynb #997fc248
+# %% ../nbs/05_evaluate.ipynb #63425a8c
 def interval(
     values: np.ndarray,  # (n,) one number per pill, such as right or wrong
     clusters: Sequence[Any],  # (n,) what is resampled together
@@ -38,13 +39,7 @@ def interval(
     seed: int = 0,
 ) -> tuple[float, float]:  # 95 % interval of the mean; with one cluster, (nan, nan)
     "Bootstrap the mean of `values` over clusters."
-    codes, names = pd.factorize(np.asarray(clusters, dtype=object))
-    if len(names) < 2:
-        return float("nan"), float("nan")
-    sums, sizes = np.bincount(codes, values), np.bincount(codes)
-    picks = np.random.default_rng(seed).integers(len(names), size=(draws, len(names)))
-    low, high = np.percentile(sums[picks].sum(1) / sizes[picks].sum(1), [2.5, 97.5])
-    return float(low), float(high)
+    return share(values, np.ones(len(values)), clusters, draws, seed)[1]
 
 # %% ../nbs/05_evaluate.ipynb #99adb4ba
 def calibration_bins(confidence: np.ndarray, right: np.ndarray, bins: int = 15) -> pd.DataFrame:  # confidence, accuracy, n per non-empty bin

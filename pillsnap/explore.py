@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['plot_conditions', 'plot_tail', 'plot_backgrounds', 'plot_sizes', 'show_drugs', 'show_photos', 'check_ministry']
 
-# %% ../nbs/01_explore.ipynb #dc92548b
+# %% ../nbs/01_explore.ipynb #23c2828e
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from .aihub import Tables, photo_sources, read_photo
-from .core import PillSnapError
 from .drugs import compare_ministry, join_ministry, read_ministry
 from .index import Index, compare_sizes, count_backgrounds, count_drugs
 from .viz import image_grid, new_figure, plot_bars, plot_histograms

@@ -10,7 +10,7 @@ __all__ = ['END', 'END64', 'LOCATOR', 'LOCAL', 'CENTRAL', 'STORED', 'DEFLATED', 
            'list_archive', 'walk', 'visit', 'by_unit', 'Files', 'tabulate_files', 'save_listing', 'load_listing',
            'plain']
 
-# %% ../nbs/00ba_files.ipynb #0764993b
+# %% ../nbs/00ba_files.ipynb #b861eddc
 import errno
 import os
 import re
@@ -25,7 +25,6 @@ from io import FileIO
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet

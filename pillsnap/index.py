@@ -49,7 +49,7 @@ def list_roots(roots: Sequence[Path], before: Sequence[Sequence[Folder]] = ()) -
     seen: set[tuple[int, int]] = set()
     return [list(walk(root, by_unit(before[i]) if i < len(before) else None, seen)) for i, root in enumerate(roots)]
 
-# %% ../nbs/00db_index.ipynb #55f87663
+# %% ../nbs/00db_index.ipynb #1752d3ae
 HASHED = 200_000  # rows at a time: their text becomes Python strings meanwhile
 
 
@@ -63,9 +63,10 @@ def build_index(
     roots: list[Path],
     files: Sequence[Files] | None = None,  # the roots' files, if they were listed already
     store: Path | None = None,  # folder for what is inspected; None keeps nothing
+    layouts: Sequence[Layout] | None = None,  # of the files, if they are known already
 ) -> Index:
     "Read all data roots by their names; raises PillSnapError where a root holds no known layout."
-    tables, layouts = read_roots(roots, files or [tabulate_files(folders) for folders in list_roots(roots)])
+    tables, layouts = read_roots(roots, files or [tabulate_files(folders) for folders in list_roots(roots)], layouts)
     if tables.images.empty:
         found = "; ".join(f"{root}: {layout.found}" for root, layout in zip(roots, layouts))
         first = "" if tables.problems.empty else f"; {int(tables.problems['count'].sum())} problems, first {tables.problems.file[0]}: {tables.problems.detail[0]}"
@@ -154,7 +155,7 @@ def fresh_stamps(roots: Sequence[Path], listings: Sequence[Sequence[Folder]], in
     layouts = [Layout(**x) for x in info["layouts"]]
     return small_stamps(roots, [tabulate_files(x if layout.kind != "aihub" else []) for x, layout in zip(listings, layouts)], layouts)
 
-# %% ../nbs/00db_index.ipynb #932a6d87
+# %% ../nbs/00db_index.ipynb #31d8da24
 def renew_index(roots: list[Path], listings: list[list[Folder]], folder: Path, store: Path) -> Index:
     "Build and save an index; a listing goes to the disk first, so that it need not stay in memory."
     files = []
@@ -163,8 +164,9 @@ def renew_index(roots: list[Path], listings: list[list[Folder]], folder: Path, s
             save_listing(listing, part / f"listing-{i}.parquet")
             files.append(tabulate_files(listing))
             listings[i] = listing = []
-        stamps = small_stamps(roots, files, [detect_layout(x) for x in files])  # before they are read: a change in between is seen next time
-        index = build_index(roots, files, store)
+        layouts = [detect_layout(listed) for listed in files]
+        stamps = small_stamps(roots, files, layouts)  # before they are read: a change in between is seen next time
+        index = build_index(roots, files, store, layouts)
         write_index(index, stamps, part)
     return index
 

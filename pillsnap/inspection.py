@@ -9,7 +9,7 @@ __all__ = ['BATCH', 'KEEP_SECONDS', 'GONE', 'LABEL_RESULT', 'PHOTO_RESULT', 'REF
            'spread_rows', 'reference_rows', 'find_loose', 'read_pills', 'read_slice', 'blame', 'inspect',
            'measure_photos', 'judge', 'number_pills']
 
-# %% ../nbs/00cb_inspection.ipynb #789e4130
+# %% ../nbs/00cb_inspection.ipynb #d2d33bd5
 import hashlib
 import io
 import json
@@ -17,10 +17,10 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +30,11 @@ import pyarrow.parquet
 from pandas.api.types import union_categoricals
 from PIL import Image, UnidentifiedImageError
 
-from .aihub import (PROBLEM_COLUMNS, Tables, check_label, image_paths, join_path, label_sources, list_problems, make_table, photo_size,
+from .aihub import (PROBLEM_COLUMNS, Tables, check_label, image_paths, label_sources, list_problems, make_table, photo_size,
                             photo_sources, read_label)
 from .core import PillSnapError, atomic_path, show_work
 from .drugs import build_registry
-from .files import Source, split_archive
+from .files import Source
 
 # %% ../nbs/00cb_inspection.ipynb #dd9c9e12
 @dataclass(frozen=True)

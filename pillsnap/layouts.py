@@ -8,7 +8,7 @@ __all__ = ['PHOTOS', 'LOOK', 'READERS', 'Collector', 'add_photo', 'join_copies',
            'coco_boxes', 'read_coco', 'add_coco_photo', 'Layout', 'detect_layout', 'spread', 'describe_aihub',
            'read_roots', 'join_tables', 'stack_tables']
 
-# %% ../nbs/00ca_layouts.ipynb #80349c94
+# %% ../nbs/00ca_layouts.ipynb #3c744f91
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,7 +28,7 @@ from .aihub import (IMAGE_COLUMNS, LABEL_COLUMNS, NAME, PILL_COLUMNS, PROBLEM_CO
                             listing_problems, make_table, photo_size, read_aihub)
 from .core import PillSnapError
 from .drugs import build_registry, registry_row
-from .files import Files, Source, join_path, plain, tabulate_files, walk
+from .files import Files, Source, join_path, plain
 
 # %% ../nbs/00ca_layouts.ipynb #a3c6ba40
 PHOTOS = (".png", ".jpg", ".jpeg")
@@ -297,13 +297,17 @@ def describe_aihub(files: Files, photos: int, labels: int) -> str:
     where = "in ZIPs" if not loose else "in folders" if not zipped else f"{loose} in folders, {zipped} in ZIPs"
     return f"AIHub 166, {language}: {photos} photos and {labels} labels, {where}"
 
-# %% ../nbs/00ca_layouts.ipynb #5081df33
+# %% ../nbs/00ca_layouts.ipynb #428bbfa0
 READERS = {"yolo": read_yolo, "coco": read_coco}
 
 
-def read_roots(roots: Sequence[Path], listings: Sequence[Files]) -> tuple[Tables, list[Layout]]:
+def read_roots(
+    roots: Sequence[Path],
+    listings: Sequence[Files],
+    layouts: Sequence[Layout] | None = None,  # from detect_layout, if at hand
+) -> tuple[Tables, list[Layout]]:
     "Read data roots of any known layout; raises PillSnapError that says what was looked for."
-    layouts = [detect_layout(files) for files in listings]
+    layouts = list(layouts or map(detect_layout, listings))
     for root, layout, files in zip(roots, layouts, listings):
         again = any(what == "double" and not folder for folder, _, what, _ in files.problems)  # this root was reached before
         if layout.sure < 0.5 and not again:
