@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['NAME', 'DRUG_FIELDS', 'K_CODE', 'STR', 'IMAGE_COLUMNS', 'LABEL_COLUMNS', 'PILL_COLUMNS', 'PROBLEM_COLUMNS',
-           'REMEDIES', 'LISTED', 'CHUNK', 'WORDS', 'CaptureName', 'parse_name', 'Label', 'drug_json', 'whole',
-           'decode_label', 'read_label', 'box_problem', 'check_label', 'Tables', 'make_table', 'column_table',
+           'REMEDIES', 'LISTED', 'CHUNK', 'WORDS', 'UNREADABLE', 'CaptureName', 'parse_name', 'Label', 'drug_json',
+           'whole', 'decode_label', 'read_label', 'box_problem', 'check_label', 'Tables', 'make_table', 'column_table',
            'list_problems', 'listing_problems', 'official_part', 'Names', 'encode_words', 'parse_names',
            'first_of_each', 'find_photos', 'find_labels', 'image_table', 'cut_names', 'categorise', 'read_aihub',
-           'empty_registry', 'image_paths', 'photo_sources', 'pill_source', 'label_sources', 'read_photo', 'photo_size']
+           'empty_registry', 'image_paths', 'photo_sources', 'pill_source', 'label_sources', 'decode_picture',
+           'read_photo', 'photo_size']
 
-# %% ../nbs/00c_aihub.ipynb #46d6c033
+# %% ../nbs/00c_aihub.ipynb #7ce06f07
 import io
 import json
 import math
 import re
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -402,16 +404,24 @@ def label_sources(tables: Tables, labels: pd.DataFrame, roots: Sequence[Path]) -
     paths = [join_path(folder, f"{photo}.json") for folder, photo in zip(labels.folder, photos)]
     return [Source(roots[r], *rest) for r, *rest in zip(labels.root, paths, labels.offset.tolist(), labels.packed.tolist())]
 
-# %% ../nbs/00c_aihub.ipynb #1d0d9cc9
+# %% ../nbs/00c_aihub.ipynb #7948b7c9
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, OverflowError, struct.error, Image.DecompressionBombError)  # what broken pictures raise in Pillow
+
+
+def decode_picture(data: bytes) -> np.ndarray:  # (h, w, 3) uint8 RGB, turned upright by its EXIF tag
+    "Decode a picture's bytes; raises one of UNREADABLE for what is none."
+    with Image.open(io.BytesIO(data)) as im:
+        return np.asarray(ImageOps.exif_transpose(im).convert("RGB"))
+
+
 def read_photo(
     photo: Source | Path,
 ) -> np.ndarray:  # (h, w, 3) uint8 RGB, turned upright by its EXIF tag
     "Read a photo; raises PillSnapError that names a file that cannot be read."
     source = photo if isinstance(photo, Source) else Source(Path(photo).parent, Path(photo).name)
     try:
-        with Image.open(io.BytesIO(source.read())) as im:
-            return np.asarray(ImageOps.exif_transpose(im).convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        return decode_picture(source.read())
+    except UNREADABLE as e:
         raise PillSnapError(f"{source} cannot be read: {e}; replace the file, or set skip_unreadable=true to leave such files out and count them") from None
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_tag', 'read_weights', 'build_classifier', 'model_preprocess', 'to_input', 'predict', 'softmax', 'score',
-           'save_classifier', 'load_classifier']
+           'predict_crops', 'save_classifier', 'load_classifier']
 
 # %% ../nbs/03c_classifier.ipynb #ae36aa8f
 import json
@@ -113,6 +113,20 @@ def score(
     loss = -np.log(np.clip(softmax(logits)[np.arange(len(labels)), labels], 1e-12, None)).mean()
     macro = f1_score(labels, top[:, 0], labels=np.unique(labels), average="macro", zero_division=0)
     return {"loss": float(loss), "top1": float(right[:, 0].mean()), "top5": float(right.any(1).mean()), "macro_f1": float(macro)}
+
+# %% ../nbs/03c_classifier.ipynb #51fd8175
+@torch.inference_mode()
+def predict_crops(
+    model: nn.Module,
+    crops: np.ndarray,  # (n, s, s, 3) uint8, as `Preprocess.cut` gives them
+    pre: Preprocess,
+    device: str,
+    batch: int = 256,
+) -> np.ndarray:  # (n, classes) probabilities
+    "Name cut pills: the `classify` of a loaded model."
+    model.eval()
+    parts = [model(to_input(torch.from_numpy(crops[i : i + batch]).to(device), pre)).float().cpu().numpy() for i in range(0, len(crops), batch)]
+    return softmax(np.concatenate(parts))
 
 # %% ../nbs/03c_classifier.ipynb #4990be6b
 def save_classifier(

@@ -8,7 +8,7 @@ __all__ = ['NOTEBOOKS', 'app', 'StageOption', 'DataOption', 'OverridesOption', '
            'execute', 'report_run', 'publish', 'absolute_paths', 'read_ahead', 'run_notebook', 'run', 'synth', 'index',
            'show_index', 'save_problems', 'report', 'main']
 
-# %% ../nbs/10_cli.ipynb #f8663d1a
+# %% ../nbs/10_cli.ipynb #18c1a02f
 import ast
 import os
 import signal
@@ -23,7 +23,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .core import (PillSnapError, atomic_path, Settings, Stage, data_roots, find_run, get_stage, list_runs, load_settings, open_roots, read_events, read_json, read_metrics,
+from .core import (PillSnapError, Settings, Stage, atomic_path, data_roots, epoch_line, find_run, get_stage, list_runs, load_settings, open_roots, read_events, read_json, read_metrics,
                            stale_modules, suggest, tail_events, write_json)
 
 # %% ../nbs/10_cli.ipynb #110b4135
@@ -61,13 +61,13 @@ def check_request(notebook: Path, given: dict[str, Any], settings: Settings) -> 
         raise PillSnapError(f"edited but not exported: {', '.join(stale)}; run nbdev_export")
     return stage
 
-# %% ../nbs/10_cli.ipynb #7a64a726
+# %% ../nbs/10_cli.ipynb #a78b56ca
 def show_progress(find: Callable[[], Path | None], done: threading.Event) -> None:
     "Show the events of the training that `find` finds, until `done` is set."
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console, run, offset, total = Console(stderr=True), None, 0, None
+    console, run, offset, epochs = Console(stderr=True), None, 0, {}
     with Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("waiting for the training", total=None, rate="")
         while True:
@@ -76,26 +76,29 @@ def show_progress(find: Callable[[], Path | None], done: threading.Event) -> Non
             launches = [i for i, e in enumerate(events) if e["event"] == "launched"]
             events = events[launches[-1] :] if launches else events  # a resumed run has events of its earlier life
             for event in events:
-                total = show_event(event, bar, task, total)
+                show_event(event, bar, task, epochs)
             if finished:
                 return
             time.sleep(0.3)
 
-# %% ../nbs/10_cli.ipynb #599a17fa
-def show_event(event: dict[str, Any], bar: Any, task: Any, total: int | None) -> int | None:  # epochs of the run
+# %% ../nbs/10_cli.ipynb #5edbd96e
+def show_event(event: dict[str, Any], bar: Any, task: Any, done: dict[str, float]) -> None:  # done: epochs finished and expected, changed in place
     "Show one event: move the bar, or print a line."
-    if event["event"] == "start":
-        bar.update(task, total=event["epochs"], completed=event["from_epoch"], description="training")
-        return event["epochs"]
-    if event["event"] == "progress":
-        bar.update(task, completed=event["epoch"] - 1 + event["step"] / event["steps"], description=f"epoch {event['epoch']}/{total}", rate=f"{event['images_per_s']:.0f} images/s")
-    elif event["event"] == "epoch":
-        bar.update(task, completed=event["epoch"])
-        bar.console.print(f"epoch {event['epoch']:3}/{total}  train_loss {event['train_loss']:.3f}  val_top1 {event['val_top1']:.3f}  val_macro_f1 {event['val_macro_f1']:.3f}  "
-                          f"{event['images_per_s']:.0f} images/s{'  best' if event['best'] else ''}", highlight=False, soft_wrap=True)
-    elif event["event"] in ("skipped", "failed", "stopped"):
-        bar.console.print(f"{event['event']}: {event.get('file') or event.get('error') or event.get('message')}", highlight=False, style="red", soft_wrap=True)
-    return total
+    name, model = event["event"], "detector" if event["event"].startswith("detector_") else "classifier"
+    if name == "start":
+        done |= {"classifier": event["from_epoch"], "detector": 0, "classifier_epochs": event["epochs"], "detector_epochs": event["detector_epochs"]}
+    elif name == "detector_start":
+        done |= {"detector": event["from_epoch"], "detector_epochs": event["epochs"]}
+    elif name in ("progress", "detector_progress"):
+        done[model] = event["epoch"] - 1 + event["step"] / event["steps"]
+        bar.update(task, description=f"{model}, epoch {event['epoch']}/{done[f'{model}_epochs']:.0f}", rate=f"{event['images_per_s']:.0f} images/s")
+    elif name in ("epoch", "detector_epoch"):
+        done[model] = event["epoch"]
+        bar.console.print(epoch_line(event, int(done[f"{model}_epochs"])), highlight=False, soft_wrap=True)
+    elif name in ("skipped", "failed", "stopped"):
+        bar.console.print(f"{name}: {event.get('file') or event.get('error') or event.get('message')}", highlight=False, style="red", soft_wrap=True)
+    if done:
+        bar.update(task, total=done["classifier_epochs"] + done["detector_epochs"], completed=done["classifier"] + done["detector"])
 
 # %% ../nbs/10_cli.ipynb #a2b42d42
 @contextmanager

@@ -4,16 +4,20 @@
 
 # %% auto #0
 __all__ = ['make_optimizer', 'make_schedule', 'pick_precision', 'Training', 'start_training', 'train_step', 'train_epoch',
-           'save_checkpoint', 'load_checkpoint']
+           'save_checkpoint', 'load_checkpoint', 'take_ambient', 'put_ambient', 'Apart', 'estimate_memory',
+           'free_memory', 'check_memory']
 
-# %% ../nbs/03e_engine.ipynb #4b77584b
+# %% ../nbs/03e_engine.ipynb #f2999bab
 import contextlib
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
@@ -47,7 +51,7 @@ def pick_precision(
         raise PillSnapError(f"precision=fp16 needs a GPU, the device is {device!r}: take auto, bf16 or fp32")
     return {"auto": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
-# %% ../nbs/03e_engine.ipynb #fd6062a4
+# %% ../nbs/03e_engine.ipynb #b8f75bc0
 @dataclass
 class Training:
     "Model, optimiser, schedule, scaler and what has been reached; `state` and `load_state` are its checkpoint."
@@ -66,6 +70,14 @@ class Training:
         parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "schedule", "scaler")}
         random = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if self.device.startswith("cuda") else []}
         return parts | {"epoch": self.epoch, "step": self.step, "best": self.best, "random": random}
+
+    def free(self) -> None:
+        "Give the memory of a finished training back: its model and its optimiser."
+        self.optimizer.state.clear()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.to("cpu")
+        if self.device.startswith("cuda"):
+            torch.cuda.empty_cache()
 
     def load_state(self, state: dict[str, Any]) -> None:
         "Go back to a checkpoint."
@@ -144,3 +156,77 @@ def load_checkpoint(path: Path, training: Training, **identity: Any) -> None:
         if state["identity"].get(name) != here:
             raise PillSnapError(f"checkpoint {path} has another {name}: {state['identity'].get(name)!r} there, {here!r} here")
     training.load_state(state)
+
+# %% ../nbs/03e_engine.ipynb #f4bb6cb0
+def take_ambient(device: str) -> dict[str, Any]:
+    "Read what a training draws from or sets in the whole process."
+    return {"random": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if device.startswith("cuda") else [],
+            "threads": torch.get_num_threads(), "opencv": cv2.getNumThreads(), "benchmark": torch.backends.cudnn.benchmark, "cudnn": torch.backends.cudnn.deterministic,
+            "deterministic": (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())}
+
+
+def put_ambient(state: dict[str, Any]) -> None:
+    "Put it back."
+    random.setstate(state["random"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    torch.set_num_threads(state["threads"])
+    cv2.setNumThreads(state["opencv"])
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = state["benchmark"], state["cudnn"]
+    torch.use_deterministic_algorithms(state["deterministic"][0], warn_only=state["deterministic"][1])
+
+# %% ../nbs/03e_engine.ipynb #8a674aea
+class Apart:
+    "Gives one of two trainings its own random numbers, threads and switches while it has its turn: `with apart(): …`."
+
+    def __init__(self, device: str) -> None:
+        self.device, self.mine = device, take_ambient(device)
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        theirs = take_ambient(self.device)
+        put_ambient(self.mine)
+        try:
+            yield
+        finally:
+            self.mine = take_ambient(self.device)
+            put_ambient(theirs)
+
+# %% ../nbs/03e_engine.ipynb #e83cf7f9
+def estimate_memory(
+    model: nn.Module,
+    size: int,  # px of the square input
+    batch: int,
+    copies: int = 4,  # of the weights: gradients, two moments
+) -> float:  # GB, fp32
+    "Estimate the memory that training a model takes."
+    sizes: list[int] = []
+    note = lambda module, given, out: sizes.append(out.numel()) if isinstance(out, torch.Tensor) and not list(module.children()) else None
+    hooks = [module.register_forward_hook(note) for module in model.modules()]
+    device, training = next(model.parameters()).device, model.training
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, size, size, device=device))
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return 4 * (copies * sum(p.numel() for p in model.parameters()) + batch * sum(sizes)) / 1e9
+
+
+def free_memory(device: str) -> float:  # GB
+    "Say how much memory is free on a device."
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0] / 1e9
+    import psutil
+
+    return psutil.virtual_memory().available / 1e9
+
+
+def check_memory(needs: Mapping[str, float], free: float, device: str) -> None:
+    "Raise PillSnapError if models do not fit beside each other."
+    if sum(needs.values()) > free:
+        listed = ", ".join(f"{gb:.1f} GB for the {name}" for name, gb in needs.items())
+        raise PillSnapError(f"strategy=interleaved keeps both models in memory, about {listed}; {free:.1f} GB are free on {device}: take strategy=sequential, or lower batch or detector_batch")

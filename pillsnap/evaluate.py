@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['MAY_CHANGE', 'RUNGS', 'interval', 'calibration_bins', 'expected_calibration_error', 'Predictions', 'CoveredPills',
-           'Evaluated', 'evaluation_stage', 'open_run', 'rung_of', 'climb', 'only_drugs', 'add_same_drugs',
-           'ladder_table', 'plot_ladder', 'f1_by_drug', 'test_metrics', 'plot_ranking', 'show_calibration',
-           'slice_table', 'confused_pairs', 'confusion_counts', 'plot_confusions', 'mistakes', 'check_gates',
-           'background_metrics', 'Evaluation', 'show_mistakes', 'evaluate_run', 'tidy', 'gate_table', 'metric_table']
+           'RelaidPills', 'Evaluated', 'evaluation_stage', 'open_run', 'rung_of', 'climb', 'only_drugs',
+           'add_same_drugs', 'ladder_table', 'plot_ladder', 'f1_by_drug', 'test_metrics', 'plot_ranking',
+           'show_calibration', 'slice_table', 'confused_pairs', 'confusion_counts', 'plot_confusions', 'mistakes',
+           'check_gates', 'background_metrics', 'new_ground_metrics', 'Evaluation', 'show_mistakes', 'rung_metrics',
+           'evaluate_trays', 'evaluate_framing', 'evaluate_run', 'tidy', 'gate_table', 'metric_table',
+           'show_worst_trays', 'show_framing', 'step_table']
 
-# %% ../nbs/05_evaluate.ipynb #a6222bca
+# %% ../nbs/05_evaluate.ipynb #97b78db6
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +25,14 @@ from matplotlib.figure import Figure
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve, precision_recall_fscore_support, roc_auc_score, roc_curve
 
 from .aihub import pill_source, read_photo
-from .classifier import load_classifier, predict, score, softmax
-from .core import Parameters, PillSnapError, Stage, append_event, open_roots, parse_overrides, pick_device, read_events, read_json, read_metrics, write_metrics
+from .backgrounds import Relay, ensure_masks, held_grounds
+from .classifier import load_classifier, predict, predict_crops, score, softmax
+from .core import Parameters, PillSnapError, Settings, Stage, append_event, open_roots, parse_overrides, pick_device, read_events, read_json, read_metrics, write_metrics
 from .data import PillDataset, batches
-from .identify import share
 from .manifest import Manifest, load_manifest
+from .pipeline import Outcome, measure_framing, measure_pipeline, open_pipeline, plot_framing, run_pipeline, show_worst, test_trays, time_steps
 from .preprocess import Preprocess, cover_pill
+from .scores import LOSSES, share
 from .train import classifier_pills
 from .viz import SPLIT_COLOURS, image_grid, plot_bars, plot_confusion, plot_lines, plot_reliability
 
@@ -53,7 +58,7 @@ def expected_calibration_error(bins: pd.DataFrame) -> float:
     "Weight the gaps between confidence and accuracy by the answers in each bin."
     return float(((bins.confidence - bins.accuracy).abs() * bins.n).sum() / bins.n.sum())
 
-# %% ../nbs/05_evaluate.ipynb #36aedef7
+# %% ../nbs/05_evaluate.ipynb #f584e8e4
 @dataclass(frozen=True)
 class Predictions:
     "Predictions for some pills of a manifest."
@@ -74,7 +79,15 @@ class CoveredPills(PillDataset):
     def cut(self, photo: np.ndarray, box: list[float], row: int) -> np.ndarray:
         return cover_pill(super().cut(photo, box, row), self.pre.margin)
 
-# %% ../nbs/05_evaluate.ipynb #e91d7751
+
+@dataclass(eq=False)
+class RelaidPills(PillDataset):
+    "The same pills, cut as always, on grounds that training never saw."
+
+    def cut(self, photo: np.ndarray, box: list[float], row: int) -> np.ndarray:
+        return self.relay(photo, box, row, self.pre.margin, self.pre.size, (0.0, 0.0), np.random.default_rng([11, row]))
+
+# %% ../nbs/05_evaluate.ipynb #404b1224
 @dataclass(frozen=True)
 class Evaluated:
     "A run with its best weights, ready to predict."
@@ -86,7 +99,7 @@ class Evaluated:
     pre: Preprocess
     device: str
 
-    def predict(self, pills: pd.DataFrame, dataset: type[PillDataset] = PillDataset) -> Predictions | None:  # None if there are no pills
+    def predict(self, pills: pd.DataFrame, dataset: Callable[..., PillDataset] = PillDataset) -> Predictions | None:  # None if there are no pills
         "Predict pills with the evaluation's cut."
         if pills.empty:
             return None
@@ -108,10 +121,12 @@ def evaluation_stage(trained: Stage, plan: Parameters) -> Stage:
         raise PillSnapError(f"the run was trained with {field}={getattr(trained, field)!r}, not {getattr(plan.stage, field)!r}; an evaluation can change {', '.join(MAY_CHANGE)}")
     return replace(trained, **{field: getattr(plan.stage, field) for field in given})
 
-# %% ../nbs/05_evaluate.ipynb #5372cdcd
+# %% ../nbs/05_evaluate.ipynb #872a0d18
 def open_run(run: Path, plan: Parameters) -> Evaluated:
     "Load a run's best weights; raises PillSnapError if its class map is not its manifest's."
     record, manifest, device = read_json(run / "run.json"), load_manifest(run / "manifest"), pick_device(plan.settings.device)
+    if record["stage"]["strategy"] == "detector":
+        raise PillSnapError(f"{run} trained a detector only: its validation is in the training's report, and the evaluation needs a classifier too; train with strategy=sequential")
     model, meta = load_classifier(run / "best.safetensors", manifest.classes, device)
     if meta["manifest_hash"] != manifest.hash:
         raise PillSnapError(f"{run}: weights were trained on manifest {meta['manifest_hash']}, the run holds {manifest.hash}")
@@ -269,7 +284,7 @@ def check_gates(stage: Stage, metrics: dict[str, Any]) -> list[dict[str, Any]]: 
     rows = [(name, metrics.get(name), target, 1) for name, target in stage.gates.items()] + [("train_hours", metrics.get("train_hours"), stage.hours, -1)]
     return [{"name": name, "value": value, "target": target, "passed": None if value is None else bool(sign * value >= sign * target)} for name, value, target, sign in rows]
 
-# %% ../nbs/05_evaluate.ipynb #33da466c
+# %% ../nbs/05_evaluate.ipynb #c2d22725
 def background_metrics(evaluated: Evaluated, p: Predictions) -> dict[str, float]:
     "Ask the model with every pill covered; near chance is right, above it the background gives drugs away."
     covered = evaluated.predict(p.pills[classifier_pills(evaluated.manifest, "test").columns], CoveredPills)
@@ -277,12 +292,30 @@ def background_metrics(evaluated: Evaluated, p: Predictions) -> dict[str, float]
             "chance_top1": float(p.pills.label.value_counts(normalize=True).max())}
 
 
+def new_ground_metrics(evaluated: Evaluated, work: Path) -> dict[str, Any]:  # empty where no test pill can be cut out
+    "Ask the model about the test pills laid on a kind of ground that no training crop had."
+    pills = classifier_pills(evaluated.manifest, "test", ("single",))
+    if pills.empty:
+        return {}
+    drugs = pd.read_csv(evaluated.run / "drugs.csv", index_col="k_code")
+    good = ensure_masks(pills, evaluated.roots, drugs, work / "masks").good
+    if not good.any():
+        return {}
+    pills = pills[good].reset_index(drop=True)
+    relay = Relay(ensure_masks(pills, evaluated.roots, drugs, work / "masks"), held_grounds(evaluated.stage.seed), 1.0)
+    found = evaluated.predict(pills, partial(RelaidPills, relay=relay))
+    return {"new_ground_top1": found.scores["top1"], "new_ground_top1_interval": interval(found.pills.right.to_numpy(float), found.clusters), "new_ground_pills": len(found.pills)}
+
+# %% ../nbs/05_evaluate.ipynb #1b186e10
 @dataclass(frozen=True)
 class Evaluation:
     "Everything measured in one reading of the test split."
     evaluated: Evaluated
     rungs: dict[str, Predictions]
     metrics: dict[str, Any]
+    outcome: Outcome | None = None  # of the trays, where both models were trained
+    times: pd.DataFrame | None = None  # of the pipeline's steps
+    framing: pd.DataFrame | None = None
 
     @property
     def test(self) -> Predictions:
@@ -303,27 +336,51 @@ def show_mistakes(
         crops, titles, bad = crops + found[0], titles + [f"{rung}\n{t}" for t in found[1]], bad + found[2]
     return image_grid(crops, titles, 8, side=1.3, bad=bad)
 
-# %% ../nbs/05_evaluate.ipynb #0e74fa0f
-def evaluate_run(run: Path, plan: Parameters) -> Evaluation:
-    "Measure a run once, and write its part of the metrics; raises PillSnapError if there is no test pill."
-    evaluated = open_run(run, plan)
-    rungs = climb(evaluated)
-    if all(name.startswith("random frame") for name in rungs):
-        raise PillSnapError(f"manifest {evaluated.manifest.hash} has no test pill of a known drug")
-    partial = Evaluation(evaluated, rungs, {})
-    ladder = ladder_table(rungs)
-    metrics = test_metrics(partial.test) | background_metrics(evaluated, partial.test) | {"test_readings": len(read_events(run, "test_read"))}
+# %% ../nbs/05_evaluate.ipynb #77a72afc
+def rung_metrics(evaluated: Evaluated, rungs: dict[str, Predictions]) -> dict[str, Any]:
+    "Measure the ladder, and the probes of the background."
+    test, ladder = Evaluation(evaluated, rungs, {}).test, ladder_table(rungs)
+    metrics = test_metrics(test) | background_metrics(evaluated, test)
     if "random frame" in rungs:
         metrics |= {"frame_top1": ladder.top1["random frame"], "frame_top1_interval": [ladder.low["random frame"], ladder.high["random frame"]]}
     if "random frame, same drugs" in rungs:
         metrics["frame_same_drugs_top1"] = ladder.top1["random frame, same drugs"]
     if (evaluated.manifest.pills.kind == "combination").any() and "other session" in rungs:
         metrics |= {"tray_pill_top1": ladder.top1["other session"], "tray_pill_top1_interval": [ladder.low["other session"], ladder.high["other session"]]}
-    metrics["headline"] = {"rung": ladder.index[-1], "top1": ladder.top1.iloc[-1]}
+    return metrics | {"headline": {"rung": ladder.index[-1], "top1": ladder.top1.iloc[-1]}}
+
+
+def evaluate_trays(evaluated: Evaluated, settings: Settings) -> tuple[Outcome | None, pd.DataFrame | None, dict[str, Any]]:  # None where there is no detector, or no tray
+    "Measure detector and classifier together on trays, and time their steps."
+    pipeline = open_pipeline(evaluated.run, evaluated.manifest.classes, evaluated.device)
+    trays, what = test_trays(evaluated.manifest, evaluated.roots) if pipeline else ([], "")
+    if not trays:
+        return None, None, {}
+    outcome, times = run_pipeline(pipeline, trays, what), time_steps(pipeline, trays)
+    metrics = measure_pipeline(outcome) | {"pipeline_p50_ms": times.p50_ms["total"]}
+    return outcome, times, metrics | ({"pipeline_p95_ms": times.p95_ms["total"]} if evaluated.device.startswith("cuda") else {})  # the gate is a GPU's
+
+
+def evaluate_framing(evaluated: Evaluated) -> pd.DataFrame:
+    "Measure mode single from a tight crop to the whole photo, on the pills of the test split."
+    pills = classifier_pills(evaluated.manifest, "test")
+    classify = lambda crops: predict_crops(evaluated.model, crops, evaluated.pre, evaluated.device)
+    return measure_framing(classify, evaluated.manifest.classes, evaluated.pre, pills, evaluated.roots)
+
+# %% ../nbs/05_evaluate.ipynb #a0b060f9
+def evaluate_run(run: Path, plan: Parameters) -> Evaluation:
+    "Measure a run once, and write its part of the metrics; raises PillSnapError if there is no test pill."
+    evaluated = open_run(run, plan)
+    rungs = climb(evaluated)
+    if all(name.startswith("random frame") for name in rungs):
+        raise PillSnapError(f"manifest {evaluated.manifest.hash} has no test pill of a known drug")
+    metrics = rung_metrics(evaluated, rungs) | new_ground_metrics(evaluated, plan.settings.work) | {"test_readings": len(read_events(run, "test_read"))}
+    outcome, times, more = evaluate_trays(evaluated, plan.settings)
+    framing = evaluate_framing(evaluated)
+    metrics |= more | {"framing_top1": framing.top1.to_dict()}
     metrics["gates"] = check_gates(evaluated.stage, read_metrics(run) | metrics)
     write_metrics(run, "evaluate", tidy(metrics))
-    return Evaluation(evaluated, rungs, tidy(metrics))
-
+    return Evaluation(evaluated, rungs, tidy(metrics), outcome, times, framing)
 
 def tidy(value: Any) -> Any:
     "Make metrics plain JSON: five decimals, lists, None for what is not a number."
@@ -335,7 +392,7 @@ def tidy(value: Any) -> Any:
         return None if np.isnan(value) else round(float(value), 5)
     return int(value) if isinstance(value, np.integer) else value
 
-# %% ../nbs/05_evaluate.ipynb #030f07d0
+# %% ../nbs/05_evaluate.ipynb #543e6e0c
 def gate_table(metrics: dict[str, Any]) -> pd.DataFrame:
     "Show the gates."
     words = {True: "passed", False: "FAILED", None: "not measured"}
@@ -344,7 +401,28 @@ def gate_table(metrics: dict[str, Any]) -> pd.DataFrame:
 
 def metric_table(metrics: dict[str, Any]) -> pd.DataFrame:
     "Show the test metrics with their intervals."
-    names = ["test_top1", "test_top5", "test_macro_f1", "tray_pill_top1", "frame_top1", "frame_same_drugs_top1", "test_ece", "test_roc_auc", "background_only_top1", "chance_top1", "test_pills", "test_readings"]
+    names = ["test_top1", "test_top5", "test_macro_f1", "tray_pill_top1", "frame_top1", "frame_same_drugs_top1", "new_ground_top1", "background_only_top1", "chance_top1",
+             "det_map50", "det_map50_95", "det_precision", "det_recall", "pipeline_pill_top1", "pipeline_missed", "pipeline_extra", "tray_exact", "pipeline_trays", "test_ece", "test_roc_auc", "test_pills", "test_readings"]
     spans = {n: metrics.get(n.removesuffix("_top1") + "_interval" if n.startswith("background") else f"{n}_interval") for n in names}
     rows = {n: {"value": metrics[n], "95 % interval": f"{s[0]:.3f} to {s[1]:.3f}" if (s := spans[n]) and s[0] is not None else ""} for n in names if n in metrics}
     return pd.DataFrame(rows).T
+
+# %% ../nbs/05_evaluate.ipynb #92c0cdfc
+def show_worst_trays(result: Evaluation, trays: int = 8) -> Figure | None:
+    "Show the trays that lost most; nothing where none were measured."
+    return show_worst(result.outcome, trays) if result.outcome else None
+
+
+def show_framing(result: Evaluation) -> Figure:
+    "Draw accuracy in mode single against the framing."
+    return plot_framing(result.framing)
+
+
+def step_table(result: Evaluation) -> pd.DataFrame | str:  # index: step
+    "Say what each step of the pipeline costs: pills, and milliseconds per photo."
+    if result.outcome is None:
+        return "not measured: this run has no detector, or its data no complete tray that is held out"
+    lost = 1 - result.metrics["pipeline_pill_top1"]
+    shares = {f"{step}": {"pills lost": round(result.metrics.get(f"loss_{step}", 0) * lost, 4)} for step in LOSSES}
+    times = result.times.round(1).rename(index=lambda step: f"time: {step}")
+    return pd.concat([pd.DataFrame(shares).T, times]).astype(object).fillna("")

@@ -9,9 +9,10 @@ __all__ = ['CHOICES', 'LEAST', 'PNG_FAST', 'Planted', 'DEFECTS', 'KOREAN', 'SMOK
            'list_no_edi', 'drop_labels', 'drop_photo', 'drop_pills', 'add_overview', 'add_odd_name', 'add_doubles',
            'add_dead_link', 'cut_file', 'add_cut_archive', 'break_labels', 'swap_code', 'encode_cp949', 'break_photos',
            'halve_photo', 'spoil_boxes', 'grow_box', 'loosen_box', 'plant_defects', 'ship_volume', 'top_folder',
-           'ship_file', 'Cp949Entry', 'pack_folder', 'ship', 'finish_tree', 'synthesise', 'ensure_synthetic']
+           'ship_file', 'Cp949Entry', 'pack_folder', 'ship', 'finish_tree', 'synthesise', 'ensure_synthetic',
+           'fresh_trays']
 
-# %% ../nbs/00da_trees.ipynb #7017618e
+# %% ../nbs/00da_trees.ipynb #8a397b2d
 import csv
 import json
 import os
@@ -22,7 +23,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 
 import cv2
@@ -523,3 +524,22 @@ def ensure_synthetic(settings: Settings, spec: SynthSpec = SMOKE) -> Path:  # it
         if not out.exists():
             synthesise(out, spec)
     return out
+
+# %% ../nbs/00da_trees.ipynb #567f37db
+def fresh_trays(
+    spec: SynthSpec,  # of the tree: its drugs and the size of its photos
+    arrangements: int,
+    seed: int,
+    must: Sequence[str] = (),  # K-codes, one of which lies on every tray; () sets no condition
+) -> Iterator[tuple[str, int, np.ndarray, list[tuple[str, tuple[int, int, int, int]]]]]:  # K-codes joined, latitude, photo, (K-code, box) per pill
+    "Draw three views of new arrangements, none of which is in the tree; raises PillSnapError if there are not so many."
+    looks = make_looks(spec.drugs - spec.val_drugs, spec.seed)
+    taken = {frozenset(look.k_code for look in tray) for tray in arrange_trays(looks, spec.trays, spec.seed)}
+    free = [tray for n in (3, 4) for tray in combinations(looks, n) if not taken & {frozenset(x.k_code for x in tray)} and (not must or any(x.k_code in must for x in tray))]
+    if len(free) < arrangements:
+        raise PillSnapError(f"{arrangements} fresh arrangements with one of {', '.join(must) or 'all drugs'}: there are {len(free)}")
+    rng = np.random.default_rng([seed, 11])
+    for number, tray in enumerate(free[i] for i in rng.permutation(len(free))[:arrangements]):
+        for latitude in (70, 75, 90):
+            photo, boxes = photo_tray(tray, 100_000 + number, latitude, spec.shape, seed)
+            yield "K-" + "-".join(f"{x.number:06d}" for x in tray), latitude, photo, [(x.k_code, box) for x, box in zip(tray, boxes)]

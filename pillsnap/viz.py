@@ -165,14 +165,15 @@ def plot_reliability(
     right.set(xlabel="confidence", ylabel="answers", xlim=(0, 1.02))
     return figure
 
-# %% ../nbs/00a_viz.ipynb #625bb071
+# %% ../nbs/00a_viz.ipynb #0104cfc5
 def plot_lines(
     panels: Mapping[str, tuple[np.ndarray, np.ndarray, str, str]],  # title → x, y, x label, y label
+    marker: str = "",  # matplotlib's, for lines of few points
 ) -> Figure:
-    "Draw one line per panel, both axes 0 to 1: ROC, precision-recall."
+    "Draw one line per panel, both axes 0 to 1: ROC, precision-recall, framing."
     figure, axes = new_figure(3.2 * len(panels), 2.8, len(panels))
     for ax, (title, (x, y, xlabel, ylabel)) in zip(axes, panels.items()):
-        ax.plot(x, y, color=SPLIT_COLOURS["test"])
+        ax.plot(x, y, color=SPLIT_COLOURS["test"], marker=marker)
         ax.set(title=title, xlabel=xlabel, ylabel=ylabel, xlim=(0, 1.02), ylim=(0, 1.02))
     return figure
 

@@ -51,7 +51,7 @@ def settings(environ):
 def plan(settings, tree):
     "Make the parameters of a tiny stage on the shared tree."
     def make(overrides="", **given):
-        stage = get_stage(0, f"name=tiny images=80 classes=4 epochs=2 batch=16 size=32 workers=0 tensorboard=false {overrides}")
+        stage = get_stage(0, f"name=tiny images=80 classes=4 epochs=2 batch=16 size=32 workers=0 tensorboard=false strategy=classifier backgrounds=0 {overrides}")
         return Parameters(stage, data_roots(stage, str(tree), settings), settings, {"run": "", "resume": "none"} | given)
     return make
 

@@ -19,15 +19,14 @@ from pillsnap.aihub import pill_source, read_photo
 from pillsnap.classifier import build_classifier, load_classifier, save_classifier
 from pillsnap.core import PillSnapError, STAGES, get_stage, read_events
 from pillsnap.data import PillDataset, make_augmentation
-from pillsnap.engine import load_checkpoint
 from pillsnap.drugs import registry_row, split_edi
-from pillsnap.evaluate import open_run
+from pillsnap import evaluate
 from pillsnap.files import Source
 from pillsnap.index import build_index
 from pillsnap.inspection import inspect, inspect_photo
 from pillsnap.manifest import byte_leaks, csv_bytes, group_leaks, make_manifest, pose_leaks, prove_no_leak
 from pillsnap.preprocess import Preprocess, cut_square
-from pillsnap.train import classifier_pills, fit, make_job, prepare_run
+from pillsnap.train import classifier_pills, fit, make_job, open_run, prepare_run
 
 
 @pytest.fixture(scope="session")
@@ -282,8 +281,7 @@ class TestRuns:
                 fit(stopped)
         finally:
             train.keep = keep
-        job = make_job(stopped)
-        load_checkpoint(stopped / "last.pt", job.training, **job.identity)
+        job = make_job(open_run(stopped))
         assert job.training.best["val_macro_f1"] == read_events(stopped, "epoch")[0]["val_macro_f1"]
         fit(stopped)
         assert [e["from_epoch"] for e in read_events(stopped, "start")] == [0, 1]
@@ -304,7 +302,7 @@ class TestRuns:
         here = plan("epochs=8 images=150")
         run = prepare_run(here, make_manifest(index, here.stage), index)
         fit(run)
-        evaluated = open_run(run, here)
+        evaluated = evaluate.open_run(run, here)
         pills = classifier_pills(evaluated.manifest, "train")
         trained = evaluated.predict(pills).scores["top1"]
         torch.manual_seed(1)
@@ -315,7 +313,7 @@ class TestRuns:
 
     def test_weights_change_and_the_best_are_kept(self, plan, manifest, index):
         run = prepare_run(plan(), manifest, index)
-        start = make_job(run).training.model.state_dict()
+        start = make_job(open_run(run)).training.model.state_dict()
         fit(run)
         trained, meta = load_classifier(run / "best.safetensors")
         assert any(not torch.equal(start[k], v) for k, v in trained.state_dict().items())
@@ -356,7 +354,6 @@ class TestRealWorldFolders:
 
     def test_a_damaged_test_photo_does_not_cost_the_training(self, tree, tmp_path, plan):
         "The photo is read first by the evaluation, after the whole training."
-        from pillsnap.evaluate import evaluate_run
         root = tmp_path / "copy"
         shutil.copytree(tree, root)
         here = replace(plan(), roots=[root])
@@ -366,7 +363,7 @@ class TestRealWorldFolders:
         row = classifier_pills(make_manifest(index, here.stage), "test").iloc[0]
         (root / row.image).write_bytes((root / row.image).read_bytes()[:900])
         with pytest.raises(PillSnapError, match="skip_unreadable=true"):
-            evaluate_run(run, here)
+            evaluate.evaluate_run(run, here)
         again = replace(plan("skip_unreadable=true"), roots=[root], given={"overrides": "skip_unreadable=true"})
-        metrics = evaluate_run(run, again).metrics
+        metrics = evaluate.evaluate_run(run, again).metrics
         assert metrics["test_skipped_files"] == 1

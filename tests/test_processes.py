@@ -113,7 +113,7 @@ def test_events_survive_a_cut_off_line(tmp_path):
 
 def test_pillsnap_run_passes_signals_on_and_resumes(environ, tree, tmp_path):
     "A signal stops the training cleanly, the report of what was reached is written, and the command that the README gives goes on."
-    fields = "name=tiny images=80 classes=4 epochs=500 size=32 batch=16 workers=0 tensorboard=false"
+    fields = "name=tiny images=80 classes=4 epochs=500 size=32 batch=16 workers=0 tensorboard=false strategy=classifier backgrounds=0"
     run = tmp_path / "work/runs/stage_0-tiny/first"
     for number, more in ((signal.SIGTERM, ["--run", "first"]), (signal.SIGINT, ["--resume", "auto"])):
         words = ["run", "train", "--data-root", str(tree), "--overrides", fields, *more]
