@@ -34,8 +34,8 @@ test: $(READY)
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir=nbs
 
-PHOTOS := name=pushin-photo split=photo images=267 classes=17 epochs=40 gates=none
-SESSION := name=pushin-session split=session train_session=IMG_6[01] images=267 classes=17 epochs=40 gates=none
+PHOTOS := name=pushin-photo split=photo images=267 classes=17 epochs=40 strategy=classifier gates=none
+SESSION := name=pushin-session split=session train_session=IMG_6[01] images=267 classes=17 epochs=40 strategy=classifier gates=none
 
 pushin: $(READY)
 	@test -d "$(DATA)" || { echo "give the folder with data.yaml: make pushin DATA=FOLDER"; exit 1; }

@@ -102,7 +102,7 @@ class SampleFields:
     fold: int = number(0, "of 5", 0, 4, "split=photo: which fifth of the photos is the test split")
     seed: int = number(7, "", 0, 2**31 - 1, "seed of the weights, the order and the augmentation; the sample has none")
 
-# %% ../nbs/00_core.ipynb #82581381
+# %% ../nbs/00_core.ipynb #449b1b28
 @dataclass(**FROZEN)
 class ClassifierFields(SampleFields):
     "How the classifier is trained."
@@ -111,7 +111,7 @@ class ClassifierFields(SampleFields):
     weights: str = choice("", "local file of pretrained weights, instead of the hub")
     size: int = number(96, "px", 32, 1024, "side of the classifier's input")
     margin: float = number(0.1, "of box side", 0, 1, "context around the box on each side, as evaluated and served")
-    framing: float = number(0.2, "of box side", 0, 3, "widest context that training shows; at least `margin`, or training never sees what is evaluated")
+    framing: float = number(0.3, "of box side", 0, 3, "widest context that training shows; at least `margin`, or training never sees what is evaluated")
     backgrounds: float = number(0.5, "fraction", 0, 1, "share of the training crops laid on another ground")
     epochs: int = number(20, "epochs", 1, 1000, "passes over the training split")
     patience: int = number(0, "epochs", 0, 1000, "stop after so many epochs without a better validation; 0: never")
@@ -154,13 +154,13 @@ class Stage(DetectorFields):
         "Name of the stage's outputs: `stage_3`, or `stage_0-pushin` for other data."
         return f"stage_{self.stage}" + (f"-{self.name}" if self.name else "")
 
-# %% ../nbs/00_core.ipynb #b232a3d6
+# %% ../nbs/00_core.ipynb #2dacbc4a
 V2_S, V2_L = "tf_efficientnetv2_s.in21k_ft_in1k", "tf_efficientnetv2_l.in21k_ft_in1k"
-GPU = Stage(pretrained=True, workers=8, lr=5e-4, weight_decay=0.05, batch=64, label_smoothing=0.1,
+GPU = Stage(pretrained=True, workers=8, lr=5e-4, weight_decay=0.05, batch=64, label_smoothing=0.1, framing=0.5,
             detector="yolo11m", detector_size=640, detector_epochs=50, detector_batch=16, detector_lr=1e-3, detector_patience=15)
 
 STAGES = {row.stage: row for row in (
-    Stage("0", images=700, classes=12, tray_share=0.17, epochs=40, detector_epochs=12, hours=0.05,
+    Stage("0", images=700, classes=12, tray_share=0.17, epochs=36, detector_epochs=9, hours=0.05,
           gates=dict(test_top1=0.95, det_map50=0.90, tray_exact=0.80)),
     replace(GPU, stage="1", images=5_000, classes=50, model=V2_S, size=224, epochs=20, hours=2,
             gates=dict(test_top1=0.40, det_map50=0.30)),

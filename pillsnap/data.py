@@ -40,7 +40,7 @@ def make_augmentation(
         A.CoarseDropout(num_holes_range=(1, 2), hole_height_range=(0.08, 0.2), hole_width_range=(0.08, 0.2), p=min(1, 0.2 * s)),
     ])
 
-# %% ../nbs/03a_data.ipynb #871ab89b
+# %% ../nbs/03a_data.ipynb #aa367d5a
 Relay = Callable[[np.ndarray, Sequence[float], int, float, int, tuple[float, float], np.random.Generator], np.ndarray]  # photo, box, row, margin, size, shift, rng → crop
 
 
@@ -51,7 +51,7 @@ def cut_randomly(
     transform: A.Compose,
     strength: float,
     key: list[int],  # seed, epoch, row: decides everything
-    framing: float = 0.2,  # widest margin
+    framing: float = 0.3,  # widest margin
     relay: Relay | None = None,
 ) -> np.ndarray:  # (size, size, 3) uint8
     "Cut a pill for training: random margin and shift, perhaps another ground, then the augmentation."
@@ -63,7 +63,7 @@ def cut_randomly(
     transform.set_random_seed(int(rng.integers(2**31)))
     return transform(image=crop)["image"]
 
-# %% ../nbs/03a_data.ipynb #caab8dc0
+# %% ../nbs/03a_data.ipynb #3bb0db0d
 @dataclass(eq=False)
 class PillDataset(Dataset):
     "Pills as (uint8 square or None if skipped, label, row); in training cut randomly, otherwise fixed."
@@ -73,7 +73,7 @@ class PillDataset(Dataset):
     augment: float = 0.0  # strength; 0 is the evaluation's cut
     seed: int = 0
     skip_unreadable: bool = False
-    framing: float = 0.2  # widest margin in training, as a share of the box's longer side
+    framing: float = 0.3  # widest margin in training, as a share of the box's longer side
     relay: Relay | None = None  # cuts a training crop, perhaps on another ground
     epoch: int = 0
 

@@ -6,9 +6,8 @@
 seeds, the least and the most. Results are kept in work/ablation; a run that is stopped goes on there.
 """
 import argparse
-import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
@@ -20,11 +19,11 @@ from pillsnap.index import ensure_index
 from pillsnap.manifest import Manifest, ensure_manifest
 from pillsnap.pipeline import draw_fresh, run_detector
 from pillsnap.scores import detection_metrics
-from pillsnap.train import fit, gather_photos, open_run, prepare_run
+from pillsnap.train import fit, prepare_run
 
 GROUNDS = {"as photographed": "backgrounds=0", "half on another ground": "backgrounds=0.5", "all on another ground": "backgrounds=1"}
 TRAYS = {"real trays only": 0, "1 composed for each real": 1, "3 for each": 3, "10 for each": 10}
-STEPS = 600  # of the detector's batches, in every arm of `trays`
+STEPS = 216  # of the detector's batches, in every arm of `trays`
 SHOWN = {"grounds": ["test_top1", "tray_pill_top1", "new_ground_top1", "background_only_top1"], "trays": ["det_map50", "det_map50_95", "det_recall"]}
 
 
@@ -38,7 +37,7 @@ def train_once(overrides: str) -> tuple[Path, Parameters]:
     "Train a run, go on with a stopped one, or take the complete one."
     plan = open_plan(overrides)
     for run in (plan.settings.work / "runs" / plan.key).glob("*/run.json"):
-        if read_json(run)["stage"] == plan.stage.__dict__ and run_state(run.parent) == "end":
+        if read_json(run)["stage"] == asdict(plan.stage) and run_state(run.parent) == "end":
             return run.parent, plan
     index = ensure_index([], plan.settings)
     run = prepare_run(plan, ensure_manifest(plan, index), index)
@@ -72,7 +71,8 @@ def main() -> None:
     arms, measure = (GROUNDS, measure_grounds) if asked.what == "grounds" else (TRAYS, measure_trays)
     rows = [{"arm": name, **{k: measured[k] for k in SHOWN[asked.what]}} for name in arms for seed in range(asked.seeds) for measured in [measure(name, seed)]]
     table = pd.DataFrame(rows).groupby("arm", sort=False).agg(lambda v: f"{v.mean():.3f} ({v.min():.3f} to {v.max():.3f})")
-    print(table.reset_index().to_markdown(index=False))
+    for row in [["", *table.columns], ["---"] * (len(table.columns) + 1), *table.reset_index().to_numpy().tolist()]:
+        print("| " + " | ".join(row) + " |")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,6 @@ step "notebooks clean, module in sync" in_sync
 step "notebooks run (nbdev_test)" nbdev_test --n_workers 2
 python tests/count_cells.py "$scratch/saved" nbs/00_core.ipynb nbs/00b_drugs.ipynb nbs/03_preprocess.ipynb
 step "saved outputs hold (nbval)" python -m pytest -q --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg -p no:cacheprovider --rootdir "$scratch" "$scratch/saved"
-step "a stage through papermill" papermill nbs/04_train.ipynb "$scratch/04_train.ipynb" -p stage 0 -p overrides "epochs=2 name=papermill" --no-progress-bar
+step "a stage through papermill" papermill nbs/04_train.ipynb "$scratch/04_train.ipynb" -p stage 0 -p overrides "epochs=2 detector_epochs=1 name=papermill" --no-progress-bar
 step "tests (pytest)" python -m pytest -q tests
 echo "── all: $((SECONDS - begin)) s"

@@ -3,6 +3,7 @@
 The mistakes: one label of four kept, a tray labelled by its first drug, drugs of held-out trays trained on, start weights kept as the best, boxes of one photo
 given to another, crops from the resized copy or from normalised pixels. And: what order the two models train in, or a stop, must not change a weight.
 """
+import shutil
 import signal
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ import pillsnap.train as train
 from pillsnap.boxes import letterbox
 from pillsnap.classifier import load_classifier
 from pillsnap.compose import ComposeSettings, make_composer, write_trays
-from pillsnap.core import PillSnapError, Parameters, get_stage, load_settings, read_events, read_metrics, run_state
+from pillsnap.core import PillSnapError, Parameters, get_stage, load_settings, read_events, read_json, read_metrics, run_state
 from pillsnap.cutouts import leave_out
 from pillsnap.detector import build_network, hash_weights, load_detector, read_detector, save_detector
 from pillsnap.evaluate import evaluate_run
@@ -25,7 +26,7 @@ from pillsnap.index import build_index
 from pillsnap.manifest import make_manifest
 from pillsnap.pipeline import list_trays, open_pipeline, unseen_drugs
 from pillsnap.preprocess import Preprocess
-from pillsnap.train import fit, held_out_drugs, launch, main, open_run, prepare_run, write_detector_set
+from pillsnap.train import fit, held_out_drugs, main, open_run, prepare_run, write_detector_set
 from pillsnap.trees import SynthSpec, synthesise
 
 FIELDS = ("name=tiny images=200 classes=10 tray_share=0.4 allow_short=true epochs=2 batch=16 size=32 workers=0 tensorboard=false "
@@ -113,6 +114,30 @@ class TestWhatItLearnsFrom:
         trays = opened.manifest.pills[opened.manifest.pills.kind == "combination"]
         assert held >= set(unseen_drugs(opened.manifest)) and held and not held & set(laid.k_code) and not held & set(trays.k_code[trays.split == "train"])
         assert set(composer.bank.table.k_code) & held, "the bank has them: leaving them out is what keeps them away"
+
+    def test_incomplete_trays_train_only_masked(self, tray_root, tmp_path, trays_plan):
+        "Left out they are counted; masked, what has no label is painted over, and validation stays complete."
+        root = tmp_path / "copy"
+        shutil.copytree(tray_root, root)
+        plan = trays_plan("composed=0")
+        complete = make_manifest(build_index([root]), plan.stage).pills
+        victim = complete[(complete.kind == "combination") & (complete.split == "train")].iloc[0]
+        label = next(root.glob(f"data/train/labels/combination/*/*/{victim.k_code}/{victim.photo}.json"))
+        label.unlink()
+        index = build_index([root])
+        for incomplete, boxes in (("leave out", None), ("mask", victim.photo.partition("_")[0].count("-") - 1)):
+            here = replace(plan, roots=[root], stage=replace(plan.stage, incomplete=incomplete))
+            run = prepare_run(here, make_manifest(index, here.stage), index)
+            folder = write_detector_set(open_run(run))
+            photos = pd.read_csv(folder / "photos.csv", dtype={"name": "str"})
+            found = photos[photos.photo == victim.photo]
+            assert read_json(run / "run.json")["incomplete_trays"] == 1 and len(found) == (boxes is not None)
+        assert found.pills.iloc[0] == boxes and found.masked.iloc[0] and found.split.iloc[0] == "train" and not photos.masked[photos.split == "val"].any()
+        shown, whole = (np.asarray(Image.open(p).convert("RGB"), float) for p in (folder / f"images/train/{found['name'].iloc[0]}.jpg", root / victim.image))
+        k = max(shown.shape) / max(whole.shape)
+        x, y, w, h = (round(v * k) for v in victim[list("xywh")])
+        hidden = shown[y + h // 4 : y + 3 * h // 4, x + w // 4 : x + 3 * w // 4]
+        assert hidden.std((0, 1)).max() < 8, "the pill without a label is still to be seen"
 
     def test_composed_pictures_only_train(self, start):
         folder = write_detector_set(open_run(start()))
@@ -248,7 +273,6 @@ def test_trays_are_evaluated_as_they_are_served(straight, start, trays_plan):
 
 def test_a_training_process_reports_a_missing_tray_photo(start, tray_root, tmp_path, trays_plan):
     "An unreadable tray stops the training with its name; skip_unreadable leaves it out and counts it."
-    import shutil
     root = tmp_path / "copy"
     shutil.copytree(tray_root, root)
     index = build_index([root])
