@@ -163,7 +163,7 @@ def cut_with_mask(
     alpha = rgba[..., 3].astype(np.float32) / 255
     return clean_edge(np.ascontiguousarray(rgba[..., :3]), alpha), alpha
 
-# %% ../nbs/03ba_backgrounds.ipynb #f563fd4e
+# %% ../nbs/03ba_backgrounds.ipynb #1a3e74e5
 def cast_soft_shadow(alpha: np.ndarray, rng: np.random.Generator) -> np.ndarray:  # (s, s) float32, factor of the ground's brightness
     "Darken the ground beside and under a pill, as a lamp from a random side does."
     height, azimuth = 0.25 * np.sqrt(max(alpha.sum(), 1.0)), rng.uniform(0, 2 * np.pi)
@@ -180,7 +180,7 @@ def lay_crop(
     rng: np.random.Generator,
 ) -> np.ndarray:  # (s, s, 3) uint8
     "Lay a cut pill on a ground."
-    shadowed = ground * (cast_soft_shadow(alpha, rng) * rng.uniform(0.8, 1.15))[..., None]
+    shadowed = ground * (cast_soft_shadow(alpha, rng) * rng.uniform(0.75, 1.05))[..., None]
     return np.clip(crop * alpha[..., None] + shadowed * (1 - alpha[..., None]) + 0.5, 0, 255).astype(np.uint8)
 
 # %% ../nbs/03ba_backgrounds.ipynb #8fc470d9

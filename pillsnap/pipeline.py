@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['FRESH', 'Pipeline', 'open_pipeline', 'Tray', 'list_trays', 'unseen_drugs', 'draw_fresh', 'test_trays', 'Outcome',
            'run_detector', 'groups', 'run_pipeline', 'measure_pipeline', 'time_steps', 'measure_framing',
-           'plot_framing', 'plot_losses', 'describe_tray', 'show_worst', 'list_misnamed']
+           'plot_framing', 'describe_tray', 'show_worst']
 
-# %% ../nbs/04a_pipeline.ipynb #d705bda8
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+# %% ../nbs/04a_pipeline.ipynb #dbb2dbdf
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -28,10 +28,10 @@ from .files import Source
 from .identify import Answer, Classify, identify, open_photo, open_photos, step_times
 from .manifest import Manifest
 from .preprocess import Preprocess
-from .scores import LOSSES, MARGINS, Truth, answer_true_boxes, detection_metrics, framing_curve, pill_table, pipeline_metrics, tray_table
+from .scores import MARGINS, Truth, answer_true_boxes, detection_metrics, framing_curve, pill_table, pipeline_metrics, tray_table
 from .trays import detector_pills
 from .trees import SMOKE, command_line, fresh_trays
-from .viz import image_grid, plot_bars, plot_lines
+from .viz import image_grid, plot_lines
 
 # %% ../nbs/04a_pipeline.ipynb #b1ef6d7f
 @dataclass(frozen=True, eq=False)
@@ -107,7 +107,7 @@ def test_trays(manifest: Manifest, roots: Sequence[Path]) -> tuple[list[Tray], s
     trays = list_trays(manifest, roots)
     return trays, f"{len({t.truth.tray for t in trays})} held-out arrangements"
 
-# %% ../nbs/04a_pipeline.ipynb #ad5febe9
+# %% ../nbs/04a_pipeline.ipynb #bfe1a8c2
 @dataclass(frozen=True, eq=False)
 class Outcome:
     "What the pipeline said about trays, beside the truth."
@@ -126,7 +126,7 @@ class Outcome:
     def table(self) -> pd.DataFrame:
         return tray_table(self.answers, [t.truth for t in self.trays], self.pills)
 
-
+# %% ../nbs/04a_pipeline.ipynb #37880326
 def run_detector(detect: Detect, trays: Sequence[Tray], group: int = 32) -> list[np.ndarray]:  # per tray (n, 5); no box where a photo cannot be read
     "Detect on every tray."
     found: list[np.ndarray] = []
@@ -143,7 +143,7 @@ def groups(items: Iterable, size: int) -> Iterator[list]:
     while group := list(islice(items, size)):
         yield group
 
-
+# %% ../nbs/04a_pipeline.ipynb #71b0fbd2
 def run_pipeline(pipeline: Pipeline, trays: Sequence[Tray], what: str = "", group: int = 32) -> Outcome:
     "Identify every tray, and classify its true boxes too."
     answers, found, on_true = [], [], []
@@ -192,15 +192,7 @@ def plot_framing(curve: pd.DataFrame) -> Figure:
     title = f"top-1 within 0.05 of the best where the pill takes {flat.cover.min():.2f} to {flat.cover.max():.2f} of the side"
     return plot_lines({title: (curve.cover.to_numpy(float), curve.top1.to_numpy(float), "share of the frame's side that the pill takes", "top-1")}, marker=".")
 
-# %% ../nbs/04a_pipeline.ipynb #8e48527c
-def plot_losses(measured: Mapping[str, Any]) -> Figure:
-    "Draw which share of all pills each step lost."
-    steps = [s for s in LOSSES if f"loss_{s}" in measured]
-    lost = 1 - measured["pipeline_pill_top1"]
-    values = pd.Series({s: measured[f"loss_{s}"] * lost for s in steps} or {"nothing": 0.0})
-    return plot_bars(values, f"{lost:.1%} of {measured['pipeline_pills']} pills lost; whole tray exact {measured['tray_exact']:.3f}", "share of all pills lost at this step")
-
-
+# %% ../nbs/04a_pipeline.ipynb #66ee45b4
 def describe_tray(row: Any) -> str:
     "Say in two lines what became of a tray."
     words = [f"{getattr(row, step)} {word}" for step, word in (("missed", "missed"), ("classifier", "misnamed"), ("loose", "lost by a loose box"), ("extra", "too many")) if getattr(row, step)]
@@ -212,10 +204,3 @@ def show_worst(outcome: Outcome, trays: int = 8) -> Figure:
     rows = [row for row in outcome.table.head(trays).itertuples() if not row.error]
     pictures = [open_photo(outcome.trays[row.Index].load()) for row in rows]
     return image_grid(pictures, [describe_tray(row) for row in rows], 4, [outcome.answers[row.Index].boxes[:, :4] for row in rows], 1.9, [not row.exact for row in rows])
-
-# %% ../nbs/04a_pipeline.ipynb #001aa64d
-def list_misnamed(outcome: Outcome, pairs: int = 10) -> pd.DataFrame:  # true, answered, count, confidence
-    "List which drug was taken for which on the trays."
-    wrong = outcome.pills[outcome.pills.step.isin(["classifier", "loose"])]
-    table = wrong.groupby(["k_code", "answered"]).agg(count=("k_code", "size"), confidence=("confidence", "mean")).reset_index()
-    return table.sort_values("count", ascending=False).head(pairs).reset_index(drop=True)
