@@ -26,7 +26,7 @@ from pillsnap.index import build_index
 from pillsnap.manifest import make_manifest
 from pillsnap.pipeline import list_trays, open_pipeline, unseen_drugs
 from pillsnap.preprocess import Preprocess
-from pillsnap.train import fit, held_out_drugs, main, open_run, prepare_run, write_detector_set
+from pillsnap.train import fit, held_out_drugs, main, open_folder, prepare_run, write_detector_set
 from pillsnap.trees import SynthSpec, synthesise
 
 FIELDS = ("name=tiny images=200 classes=10 tray_share=0.4 allow_short=true epochs=2 batch=16 size=32 workers=0 tensorboard=false "
@@ -98,7 +98,7 @@ def same_weights(one, other):
 class TestWhatItLearnsFrom:
     def test_every_pill_of_a_tray_is_a_box(self, start):
         "Where the last label wins, or the first code names the tray, one line of four is left."
-        folder = write_detector_set(open_run(start()))
+        folder = write_detector_set(open_folder(start()))
         photos = pd.read_csv(folder / "photos.csv", dtype={"name": "str"})
         real = photos[photos.kind == "combination"]
         assert len(real) > 10 and set(real.split) == {"train", "val"}
@@ -107,7 +107,7 @@ class TestWhatItLearnsFrom:
             assert len(lines) == photo.photo.partition("_")[0].count("-") and len(set(lines)) == len(lines)
 
     def test_held_out_drugs_lie_on_no_composed_tray(self, start, tmp_path):
-        opened = open_run(start())
+        opened = open_folder(start())
         held = held_out_drugs(opened.manifest.pills)
         composer = make_composer(ComposeSettings(size=64), leave_out(opened.bank(), held))
         laid = write_trays(composer, tmp_path / "laid", 30, workers=1)
@@ -128,7 +128,7 @@ class TestWhatItLearnsFrom:
         for incomplete, boxes in (("leave out", None), ("mask", victim.photo.partition("_")[0].count("-") - 1)):
             here = replace(plan, roots=[root], stage=replace(plan.stage, incomplete=incomplete))
             run = prepare_run(here, make_manifest(index, here.stage), index)
-            folder = write_detector_set(open_run(run))
+            folder = write_detector_set(open_folder(run))
             photos = pd.read_csv(folder / "photos.csv", dtype={"name": "str"})
             found = photos[photos.photo == victim.photo]
             assert read_json(run / "run.json")["incomplete_trays"] == 1 and len(found) == (boxes is not None)
@@ -140,7 +140,7 @@ class TestWhatItLearnsFrom:
         assert hidden.std((0, 1)).max() < 8, "the pill without a label is still to be seen"
 
     def test_composed_pictures_only_train(self, start):
-        folder = write_detector_set(open_run(start()))
+        folder = write_detector_set(open_folder(start()))
         photos = pd.read_csv(folder / "photos.csv")
         assert set(photos.split[photos.kind == "composed"]) == {"train"} and (photos.kind == "composed").sum() == ((photos.kind == "combination") & (photos.split == "train")).sum()
 
@@ -262,7 +262,7 @@ def test_trays_are_evaluated_as_they_are_served(straight, start, trays_plan):
     "The evaluation's answers are those of `identify` over the run's own files; a damaged photo costs only itself."
     run = sequential(straight, start)
     result = evaluate_run(run, trays_plan())
-    opened = open_run(run)
+    opened = open_folder(run)
     pipeline = open_pipeline(run, opened.manifest.classes, "cpu")
     trays = list_trays(opened.manifest, opened.roots)
     assert trays and result.metrics["pipeline_photos"] == len(trays) and {"det_map50", "det_map50_95", "det_precision", "det_recall"} <= set(result.metrics)

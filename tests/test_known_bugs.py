@@ -26,7 +26,7 @@ from pillsnap.index import build_index
 from pillsnap.inspection import inspect, inspect_photo
 from pillsnap.manifest import byte_leaks, csv_bytes, group_leaks, make_manifest, pose_leaks, prove_no_leak
 from pillsnap.preprocess import Preprocess, cut_square
-from pillsnap.train import classifier_pills, fit, make_job, open_run, prepare_run
+from pillsnap.train import classifier_pills, fit, make_job, open_folder, prepare_run
 
 
 @pytest.fixture(scope="session")
@@ -281,7 +281,7 @@ class TestRuns:
                 fit(stopped)
         finally:
             train.keep = keep
-        job = make_job(open_run(stopped))
+        job = make_job(open_folder(stopped))
         assert job.training.best["val_macro_f1"] == read_events(stopped, "epoch")[0]["val_macro_f1"]
         fit(stopped)
         assert [e["from_epoch"] for e in read_events(stopped, "start")] == [0, 1]
@@ -313,7 +313,7 @@ class TestRuns:
 
     def test_weights_change_and_the_best_are_kept(self, plan, manifest, index):
         run = prepare_run(plan(), manifest, index)
-        start = make_job(open_run(run)).training.model.state_dict()
+        start = make_job(open_folder(run)).training.model.state_dict()
         fit(run)
         trained, meta = load_classifier(run / "best.safetensors")
         assert any(not torch.equal(start[k], v) for k, v in trained.state_dict().items())
