@@ -7,7 +7,7 @@ __all__ = ['MASK_FORMAT', 'HELD_GROUND', 'GROUND_PX', 'GROUND_VARIANTS', 'Masks'
            'ensure_masks', 'load_masks', 'stock_grounds', 'held_grounds', 'take_patch', 'cut_with_mask',
            'cast_soft_shadow', 'lay_crop', 'Relay', 'show_relaid']
 
-# %% ../nbs/03ba_backgrounds.ipynb #7b21e0a5
+# %% ../nbs/03ba_backgrounds.ipynb #bf057104
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,12 +22,12 @@ from matplotlib.figure import Figure
 
 from .aihub import pill_source, read_photo
 from .core import PillSnapError, atomic_folder, content_hash, read_json, show_work, write_json
-from .cutouts import SEARCH, Box, Limits, clean_edge, cut_room, fill_outline, find_mask, judge_mask, soften
+from .cutouts import SEARCH, Box, Limits, clean_edge, cut_room, fill_outline, find_mask, holds_box, judge_mask, soften
 from .grounds import DRAWN, draw_ground
 from .preprocess import cut_square
 from .viz import image_grid
 
-# %% ../nbs/03ba_backgrounds.ipynb #024d964e
+# %% ../nbs/03ba_backgrounds.ipynb #d27752da
 MASK_FORMAT = 1  # raised when the masks change
 
 
@@ -45,18 +45,24 @@ class Masks:
         "Say which pills have a mask."
         return self.sides[:, 0] > 0
 
+    def take(self, rows: np.ndarray) -> "Masks":  # rows: places or (n,) bool
+        "Choose some of the masks."
+        return Masks(self.bits[rows], self.sides[rows])
+
     def mask(self, row: int) -> np.ndarray:  # (h, w) uint8 0 or 1
         "Unpack one mask."
         h, w = self.sides[row]
         return np.unpackbits(self.bits[row], axis=1)[:h, :w]
 
-# %% ../nbs/03ba_backgrounds.ipynb #1a41c426
+# %% ../nbs/03ba_backgrounds.ipynb #1e763032
 def find_good_mask(
     photo: np.ndarray,  # (h, w, 3) uint8
     box: Box,
     shape: str,  # the drug's shape as its label names it, if known
 ) -> np.ndarray | None:  # None if no good mask was found
     "Find the mask of a pill in the window around its box."
+    if not holds_box(photo, box):
+        return None
     window, inner = cut_room(photo, box)
     mask, second, holes = fill_outline(find_mask(window, inner))
     k = max(mask.shape) / max(window.shape[:2])
@@ -86,7 +92,7 @@ def find_masks(pills: pd.DataFrame, roots: Sequence[Path], shapes: Mapping[str, 
             advance(1)
     return Masks(bits, sides)
 
-# %% ../nbs/03ba_backgrounds.ipynb #92b83f48
+# %% ../nbs/03ba_backgrounds.ipynb #6d48e656
 def ensure_masks(
     pills: pd.DataFrame,  # rows of a manifest
     roots: Sequence[Path],
@@ -96,7 +102,7 @@ def ensure_masks(
     "Return the masks of a table of pills, finding them if they are not there, whole or not at all."
     shapes = drugs["shape"].dropna().astype(str).to_dict()
     rows = pills[["photo", "ending", "k_code", "kind", "x", "y", "w", "h"]].astype(str).to_csv(index=False)
-    key = content_hash(rows, sorted(shapes.items()), asdict(Limits()), SEARCH, MASK_FORMAT)
+    key = content_hash(rows, sorted(shapes.items()), asdict(Limits()), list(map(str, roots)), SEARCH, MASK_FORMAT)
     if not (folder / key).exists():
         found = find_masks(pills, roots, shapes)
         with atomic_folder(folder / key) as part:

@@ -81,11 +81,13 @@ def show_progress(find: Callable[[], Path | None], done: threading.Event) -> Non
                 return
             time.sleep(0.3)
 
-# %% ../nbs/10_cli.ipynb #5edbd96e
+# %% ../nbs/10_cli.ipynb #c472cb31
 def show_event(event: dict[str, Any], bar: Any, task: Any, done: dict[str, float]) -> None:  # done: epochs finished and expected, changed in place
     "Show one event: move the bar, or print a line."
     name, model = event["event"], "detector" if event["event"].startswith("detector_") else "classifier"
-    if name == "start":
+    if name == "preparing":
+        bar.update(task, description="preparing data: masks, cut-outs, trays")
+    elif name == "start":
         done |= {"classifier": event["from_epoch"], "detector": 0, "classifier_epochs": event["epochs"], "detector_epochs": event["detector_epochs"]}
     elif name == "detector_start":
         done |= {"detector": event["from_epoch"], "detector_epochs": event["epochs"]}

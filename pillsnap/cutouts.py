@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Box', 'ROOM', 'SEARCH', 'EXTENTS', 'REASONS', 'STEEP', 'LONGEST', 'TYPICAL_MM', 'BANK_FORMAT', 'GROUND_SIDE',
-           'GROUNDS', 'cut_room', 'fill_box', 'model_ground', 'mark_ground', 'find_mask', 'Limits', 'fill_outline',
-           'bounds', 'turned_sides', 'share_hull', 'judge_mask', 'Cutout', 'soften', 'clean_edge', 'cut_out',
-           'choose_singles', 'shrink', 'find_lean', 'spread_grain', 'erase_pill', 'Bank', 'load_bank', 'cut_row',
-           'square_ground', 'measure_bank', 'build_bank', 'ensure_bank', 'look_up_drugs', 'share_cutouts',
-           'bank_of_stage', 'leave_out', 'count_rejections', 'show_cutouts']
+           'GROUNDS', 'NOTHING', 'cut_room', 'fill_box', 'model_ground', 'mark_ground', 'holds_box', 'find_mask',
+           'Limits', 'fill_outline', 'bounds', 'turned_sides', 'share_hull', 'judge_mask', 'Cutout', 'soften',
+           'clean_edge', 'cut_out', 'choose_singles', 'shrink', 'find_lean', 'spread_grain', 'erase_pill', 'Bank',
+           'load_bank', 'read_or_none', 'cut_row', 'square_ground', 'measure_bank', 'build_bank', 'ensure_bank',
+           'look_up_drugs', 'share_cutouts', 'bank_of_stage', 'leave_out', 'count_rejections', 'show_cutouts']
 
 # %% ../nbs/03aa_cutouts.ipynb #b256abe2
 import math
@@ -87,7 +87,14 @@ def mark_ground(lab: np.ndarray, box: Box) -> tuple[np.ndarray, np.ndarray]:  # 
     marks[outside] = cv2.GC_BGD
     return marks, cv2.cvtColor(np.clip(even, 0, 255).astype(np.uint8), cv2.COLOR_LAB2RGB)
 
-# %% ../nbs/03aa_cutouts.ipynb #306954ec
+# %% ../nbs/03aa_cutouts.ipynb #144921ce
+def holds_box(photo: np.ndarray, box: Box) -> bool:
+    "Say whether a box lies in a photo, is 4 px or more, and leaves ground to be seen around it."
+    (h, w), room = photo.shape[:2], cut_room(photo, box)[0].shape
+    inside = min(box[2:]) >= 4 and min(box[:2]) >= -1 and box[0] + box[2] <= w + 1 and box[1] + box[3] <= h + 1
+    return bool(inside and min(room[:2]) > 0 and room[0] * room[1] > 1.3 * box[2] * box[3])
+
+
 def find_mask(window: np.ndarray, box: Box) -> np.ndarray:  # (h', w') uint8 0 or 1, the window's longer side at most SEARCH px
     "Separate a pill from the plain ground around it."
     k = min(1.0, SEARCH / max(window.shape[:2]))
@@ -101,7 +108,7 @@ def find_mask(window: np.ndarray, box: Box) -> np.ndarray:  # (h', w') uint8 0 o
         mask = cv2.morphologyEx(mask, how, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size)))
     return mask
 
-# %% ../nbs/03aa_cutouts.ipynb #31bdf3bf
+# %% ../nbs/03aa_cutouts.ipynb #00cd9cfb
 @dataclass(frozen=True)
 class Limits:
     "When a mask is accepted."
@@ -114,7 +121,7 @@ class Limits:
 
 EXTENTS = {"원형": (0.68, 0.92), "타원형": (0.6, 0.93), "장방형": (0.72, 1.01), "삼각형": (0.42, 0.8)}  # share of the smallest turned rectangle, by shape
 REASONS = {"": "accepted", "empty": "no pill found", "border": "reaches the border of the window", "parts": "several large parts", "holes": "large holes",
-           "cover": "covers too little or too much of the box", "shape": "outline does not fit the drug's shape", "box": "ends elsewhere than the labelled box", "held": "its drug is held out"}
+           "cover": "covers too little or too much of the box", "shape": "outline does not fit the drug's shape", "box": "ends elsewhere than the labelled box", "held": "its drug is held out", "unreadable": "photo unreadable, or not of the size its label says"}
 
 
 def fill_outline(mask: np.ndarray) -> tuple[np.ndarray, float, float]:  # its largest part without holes; share of the second part, of the holes
@@ -296,14 +303,25 @@ def load_bank(folder: Path) -> Bank:
     except (OSError, ValueError) as e:
         raise PillSnapError(f"bank {folder} cannot be read: {e}; remove the folder, it is built again") from None
 
-# %% ../nbs/03aa_cutouts.ipynb #de49ecc1
+# %% ../nbs/03aa_cutouts.ipynb #af26fd6f
 GROUND_SIDE, GROUNDS = 640, 24  # px; grounds kept in a bank
+
+
+NOTHING = Cutout(np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), np.float32), (0.0, 0.0, 8.0, 8.0), (128.0,) * 3, "unreadable")
+
+
+def read_or_none(pill: object, roots: Sequence[Path]) -> np.ndarray | None:  # None for a photo that cannot be read: who trains on it says so
+    "Read the photo of a row."
+    try:
+        return read_photo(pill_source(pill, roots))
+    except PillSnapError:
+        return None
 
 
 def cut_row(pill: object, roots: Sequence[Path], shape: str, limits: Limits, want_ground: bool) -> tuple[dict, np.ndarray, np.ndarray | None]:
     "Cut the pill of one row of a manifest: its facts, its pixels, its ground."
-    photo, box = read_photo(pill_source(pill, roots)), (pill.x, pill.y, pill.w, pill.h)
-    cut = cut_out(photo, box, shape, limits)
+    photo, box = read_or_none(pill, roots), (pill.x, pill.y, pill.w, pill.h)
+    cut = cut_out(photo, box, shape, limits) if photo is not None and holds_box(photo, box) else NOTHING
     rgba, k = shrink(cut)
     lean = find_lean(rgba) if not cut.reason else (0.0, 0.0)
     long_px = turned_sides((cut.alpha > 0.5).astype(np.uint8))[0] if cut.reason != "empty" else max(box[2:])
@@ -349,7 +367,7 @@ def build_bank(pills: pd.DataFrame, roots: Sequence[Path], millimetres: Mapping[
     measure_bank(table, millimetres).to_parquet(folder / "cutouts.parquet")
     np.save(folder / "grounds.npy", np.stack(grounds[:GROUNDS]) if grounds else np.empty((0, GROUND_SIDE, GROUND_SIDE, 3), np.uint8))
 
-# %% ../nbs/03aa_cutouts.ipynb #90e6f5a6
+# %% ../nbs/03aa_cutouts.ipynb #965b6c63
 def ensure_bank(
     pills: pd.DataFrame,  # of a manifest
     roots: Sequence[Path],
@@ -363,14 +381,14 @@ def ensure_bank(
     chosen = choose_singles(pills, per_drug)
     known = drugs[drugs.index.isin(chosen.k_code)].sort_index()
     millimetres, shapes = known.long_mm.dropna().astype(float).to_dict(), known["shape"].dropna().astype(str).to_dict()
-    key = content_hash(hash_table(chosen[["k_code", "photo", "ending", "split", "x", "y", "w", "h"]].astype(str)), millimetres, shapes, asdict(limits), LONGEST, BANK_FORMAT)
+    key = content_hash(hash_table(chosen[["k_code", "photo", "ending", "split", "x", "y", "w", "h"]].astype(str)), millimetres, shapes, asdict(limits), list(map(str, roots)), LONGEST, BANK_FORMAT)
     if not (folder / key).exists():
         with atomic_folder(folder / key) as part:
             build_bank(chosen, roots, millimetres, shapes, part, limits, workers or os.cpu_count() or 1)
             write_json(part / "bank.json", {"key": key, "cutouts": len(chosen)})
     return load_bank(folder / key)
 
-# %% ../nbs/03aa_cutouts.ipynb #1d540547
+# %% ../nbs/03aa_cutouts.ipynb #d06560fe
 def look_up_drugs(index: Index, pills: pd.DataFrame, per_drug: int = 5) -> pd.DataFrame:  # index K-code; long_mm, shape
     "Ask a few labels of each drug for its size and shape; drugs of other layouts than AIHub's have none."
     singles = pills[(pills.kind == "single") & (pills.split == "train")].groupby("k_code").head(per_drug)
@@ -381,7 +399,7 @@ def look_up_drugs(index: Index, pills: pd.DataFrame, per_drug: int = 5) -> pd.Da
 
 
 def share_cutouts(drugs: int) -> int:  # per drug
-    "Say how many photos of each drug to cut: 16, or fewer where about 4,000 cut-outs are reached."
+    "Say how many photos of each drug to cut: 16, fewer where that makes more than 4,000 cut-outs, at least 2."
     return int(np.clip(4000 // max(1, drugs), 2, 16))
 
 

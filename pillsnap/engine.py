@@ -194,13 +194,14 @@ class Apart:
             self.mine = take_ambient(self.device)
             put_ambient(theirs)
 
-# %% ../nbs/03e_engine.ipynb #e83cf7f9
+# %% ../nbs/03e_engine.ipynb #a19f5c8e
 def estimate_memory(
     model: nn.Module,
     size: int,  # px of the square input
     batch: int,
     copies: int = 4,  # of the weights: gradients, two moments
-) -> float:  # GB, fp32
+    half: bool = False,  # outputs of two bytes, as mixed precision keeps them
+) -> float:  # GB
     "Estimate the memory that training a model takes."
     sizes: list[int] = []
     note = lambda module, given, out: sizes.append(out.numel()) if isinstance(out, torch.Tensor) and not list(module.children()) else None
@@ -213,7 +214,7 @@ def estimate_memory(
         model.train(training)
         for hook in hooks:
             hook.remove()
-    return 4 * (copies * sum(p.numel() for p in model.parameters()) + batch * sum(sizes)) / 1e9
+    return (4 * copies * sum(p.numel() for p in model.parameters()) + (2 if half else 4) * batch * sum(sizes)) / 1e9
 
 
 def free_memory(device: str) -> float:  # GB

@@ -7,7 +7,7 @@ __all__ = ['PLATES', 'PAPERS', 'WOODS', 'CLOTHS', 'STONES', 'SKINS', 'DRAWN', 'V
            'light_height', 'mix', 'choose', 'draw_plain', 'draw_paper', 'draw_wood', 'weave', 'draw_cloth',
            'draw_stone', 'draw_creases', 'draw_skin', 'draw_ground', 'show_grounds', 'free_patches', 'collect_patches']
 
-# %% ../nbs/03ab_grounds.ipynb #7fb8f2a6
+# %% ../nbs/03ab_grounds.ipynb #2e8914ef
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -19,6 +19,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from .aihub import pill_source, read_photo
+from .core import PillSnapError
 from .cutouts import Box, fill_box
 from .viz import image_grid
 
@@ -210,7 +211,7 @@ def free_patches(
         taken[y : y + side, x : x + side] = True
     return patches
 
-# %% ../nbs/03ab_grounds.ipynb #0a32a6cf
+# %% ../nbs/03ab_grounds.ipynb #6eac11e7
 def collect_patches(pills: pd.DataFrame, roots: Sequence[Path], number: int, seed: int = 7, per_photo: int = 2) -> list[np.ndarray]:
     "Take patches without a pill from photos of the training split, whose every pill must have a box."
     rng, patches = np.random.default_rng([seed, 5]), []
@@ -219,5 +220,9 @@ def collect_patches(pills: pd.DataFrame, roots: Sequence[Path], number: int, see
         if len(patches) >= number:
             break
         rows = photos[at]
-        patches += free_patches(read_photo(pill_source(next(rows.itertuples()), roots)), rows[list("xywh")].to_numpy().tolist(), per_photo, rng)
+        try:
+            photo = read_photo(pill_source(next(rows.itertuples()), roots))
+        except PillSnapError:
+            continue  # who trains on the photo stops or counts it
+        patches += free_patches(photo, rows[list("xywh")].to_numpy().tolist(), per_photo, rng)
     return patches[:number]

@@ -7,9 +7,9 @@ __all__ = ['FRESH', 'Pipeline', 'open_pipeline', 'Tray', 'list_trays', 'unseen_d
            'run_detector', 'groups', 'run_pipeline', 'measure_pipeline', 'time_steps', 'measure_framing',
            'plot_framing', 'describe_tray', 'show_worst']
 
-# %% ../nbs/04a_pipeline.ipynb #dbb2dbdf
+# %% ../nbs/04a_pipeline.ipynb #a443932f
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -28,19 +28,20 @@ from .files import Source
 from .identify import Answer, Classify, identify, open_photo, open_photos, step_times
 from .manifest import Manifest
 from .preprocess import Preprocess
-from .scores import MARGINS, Truth, answer_true_boxes, detection_metrics, framing_curve, pill_table, pipeline_metrics, tray_table
+from .scores import MARGINS, Truth, answer_true_boxes, detection_metrics, framing_curve, pill_table, pipeline_metrics, share, tray_table
 from .trays import detector_pills
 from .trees import SMOKE, command_line, fresh_trays
 from .viz import image_grid, plot_lines
 
-# %% ../nbs/04a_pipeline.ipynb #b1ef6d7f
+# %% ../nbs/04a_pipeline.ipynb #0a3fe765
 @dataclass(frozen=True, eq=False)
 class Pipeline:
     "What `identify` needs: find pills, name pills, and the names."
-    detect: Detect  # gives boxes of low score too; `identify` takes those above LEAST_SCORE
+    detect: Detect
     classify: Classify
     classes: Sequence[str]
     pre: Preprocess
+    detect_all: Detect | None = None  # gives boxes of low score too, which mAP needs and `identify` drops
 
 
 def open_pipeline(
@@ -52,8 +53,8 @@ def open_pipeline(
     if not (run / "best.safetensors").exists() or not (run / "detector/best.safetensors").exists():
         return None
     model, meta = load_classifier(run / "best.safetensors", list(classes), device)
-    detector = load_detector(run / "detector/best.safetensors", device, threshold=0.001)
-    return Pipeline(detector.detect, lambda crops: predict_crops(model, crops, meta["pre"], device), classes, meta["pre"])
+    detector = load_detector(run / "detector/best.safetensors", device)
+    return Pipeline(detector.detect, lambda crops: predict_crops(model, crops, meta["pre"], device), classes, meta["pre"], replace(detector, threshold=0.001).detect)
 
 # %% ../nbs/04a_pipeline.ipynb #3874fc35
 @dataclass(frozen=True, eq=False)
@@ -83,7 +84,7 @@ def list_trays(manifest: Manifest, roots: Sequence[Path], split: str = "test") -
         trays.append(Tray(pill_source(rows.iloc[0], roots), Truth(name, rows[list("xywh")].to_numpy(float), rows.k_code.tolist())))
     return trays
 
-# %% ../nbs/04a_pipeline.ipynb #1bcc28bf
+# %% ../nbs/04a_pipeline.ipynb #953be383
 FRESH = 72  # arrangements, three views each
 
 
@@ -103,9 +104,9 @@ def test_trays(manifest: Manifest, roots: Sequence[Path]) -> tuple[list[Tray], s
     "Choose the trays that the pipeline is measured on: fresh ones for the generated data, otherwise the held-out ones."
     made_by = Path(roots[0]) / "synth.txt"
     if len(roots) == 1 and made_by.exists() and made_by.read_text("utf-8").strip() == command_line(SMOKE):
-        return draw_fresh(manifest), f"{FRESH} fresh arrangements, each with a drug that the detector never saw"
+        return draw_fresh(manifest), f"{FRESH} fresh arrangements" + (", each with a drug that the detector never saw" if unseen_drugs(manifest) else "")
     trays = list_trays(manifest, roots)
-    return trays, f"{len({t.truth.tray for t in trays})} held-out arrangements"
+    return trays, f"{len({t.truth.tray for t in trays})} held-out " + ("photos" if (manifest.pills.kind == "photo").any() else "arrangements")
 
 # %% ../nbs/04a_pipeline.ipynb #bfe1a8c2
 @dataclass(frozen=True, eq=False)
@@ -143,13 +144,13 @@ def groups(items: Iterable, size: int) -> Iterator[list]:
     while group := list(islice(items, size)):
         yield group
 
-# %% ../nbs/04a_pipeline.ipynb #71b0fbd2
+# %% ../nbs/04a_pipeline.ipynb #b9b4a5e1
 def run_pipeline(pipeline: Pipeline, trays: Sequence[Tray], what: str = "", group: int = 32) -> Outcome:
     "Identify every tray, and classify its true boxes too."
     answers, found, on_true = [], [], []
 
     def detect_noting(photos: list[np.ndarray]) -> list[np.ndarray]:
-        noted.extend(pipeline.detect(photos))
+        noted.extend((pipeline.detect_all or pipeline.detect)(photos))
         return noted
 
     for part in groups(trays, group):
@@ -162,13 +163,14 @@ def run_pipeline(pipeline: Pipeline, trays: Sequence[Tray], what: str = "", grou
         on_true += answer_true_boxes(photos, truths, pipeline.classify, pipeline.classes, pipeline.pre)
     return Outcome(trays, answers, found, on_true, pipeline.classes, what)
 
-# %% ../nbs/04a_pipeline.ipynb #d81c752b
+# %% ../nbs/04a_pipeline.ipynb #9c29dd3b
 def measure_pipeline(outcome: Outcome) -> dict[str, Any]:  # det_…, pipeline_…, tray_exact, loss_…, each share with its interval
     "Measure detection and pipeline; the views of one arrangement are drawn together for the intervals."
     truths = [tray.truth for tray in outcome.trays]
     detection = detection_metrics(outcome.found, [t.boxes for t in truths], [t.tray for t in truths])
     known = outcome.pills[outcome.pills.step != "outside"]
-    right_box = {"pipeline_true_box_top1": float((known.on_true == known.k_code).mean())} if len(known) else {}
+    on_true = share(known.on_true == known.k_code, np.ones(len(known)), known.tray) if len(known) else None
+    right_box = {"pipeline_true_box_top1": on_true[0], "pipeline_true_box_top1_interval": on_true[1]} if on_true else {}
     return detection | pipeline_metrics(outcome.pills, outcome.table) | right_box | {"pipeline_trays": outcome.table.tray.nunique(), "pipeline_on": outcome.what}
 
 # %% ../nbs/04a_pipeline.ipynb #fa182134
@@ -178,12 +180,15 @@ def time_steps(pipeline: Pipeline, trays: Sequence[Tray], most: int = 30) -> pd.
     calls = [identify([photo], "combination", pipeline.detect, pipeline.classify, pipeline.classes, pipeline.pre)[1] for photo in (photos[:1] + photos)]
     return step_times(calls[1:])
 
-# %% ../nbs/04a_pipeline.ipynb #41e6780f
-def measure_framing(pipeline_classify: Classify, classes: Sequence[str], pre: Preprocess, pills: pd.DataFrame, roots: Sequence[Path], most: int = 300) -> pd.DataFrame:  # index: framing
-    "Measure top-1 against the framing, on at most so many pills, evenly chosen."
-    chosen = pills.iloc[np.unique(np.linspace(0, len(pills) - 1, min(most, len(pills))).astype(int))]
+# %% ../nbs/04a_pipeline.ipynb #465779a4
+def measure_framing(classify: Classify, classes: Sequence[str], pre: Preprocess, pills: pd.DataFrame, roots: Sequence[Path], most: int = 300) -> pd.DataFrame | None:  # index: framing; None where no pill is alone on a photo
+    "Measure top-1 against the framing, on at most so many pills that are alone on their photo, evenly chosen."
+    alone = pills[pills.groupby(["root", "image"]).k_code.transform("size") == 1]
+    if alone.empty:
+        return None
+    chosen = alone.iloc[np.unique(np.linspace(0, len(alone) - 1, min(most, len(alone))).astype(int))]
     photos = [Tray(pill_source(pill, roots), Truth("", np.empty((0, 4)), [])).load() for pill in chosen.itertuples()]
-    return framing_curve(photos, chosen[list("xywh")].to_numpy(float), chosen.k_code.tolist(), pipeline_classify, classes, pre, MARGINS)
+    return framing_curve(photos, chosen[list("xywh")].to_numpy(float), chosen.k_code.tolist(), classify, classes, pre, MARGINS)
 
 
 def plot_framing(curve: pd.DataFrame) -> Figure:

@@ -6,7 +6,7 @@
 __all__ = ['STATIC', 'FOOTER', 'own_cells', 'report_cells', 'find_error', 'describe_notebook', 'badge', 'gate_badges',
            'error_box', 'fill_page', 'render_report', 'index_row', 'write_index']
 
-# %% ../nbs/00e_report.ipynb #096833f2
+# %% ../nbs/00e_report.ipynb #1c726b64
 import html
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import nbformat
 from nbconvert import HTMLExporter
 
-from .core import atomic_path, read_json
+from .core import AT_MOST, atomic_path, read_json
 
 # %% ../nbs/00e_report.ipynb #e3343082
 def own_cells(nb: Any) -> list[Any]:
@@ -52,7 +52,7 @@ def describe_notebook(nb: Any) -> dict[str, Any]:  # title, subtitle, error, par
     return {"title": text[0].lstrip("# "), "subtitle": subtitle, "error": find_error(nb),
             "parameters": papermill.get("parameters", {}), "seconds": papermill.get("duration"), "started": str(papermill.get("start_time", ""))[:16].replace("T", " ")}
 
-# %% ../nbs/00e_report.ipynb #04aec52b
+# %% ../nbs/00e_report.ipynb #38a716f7
 STATIC = Path(__file__).parent / "static" if "__file__" in globals() else Path.cwd().parent / "pillsnap/static"
 
 
@@ -65,7 +65,7 @@ def gate_badges(metrics: dict[str, Any]) -> str:
     "Make a label per gate."
     kinds = {True: "passed", False: "failed", None: "open"}
     def text(gate: dict) -> str:
-        sign = "≤" if gate["name"] == "train_hours" else "≥"
+        sign = "≤" if gate["name"] in AT_MOST else "≥"
         return f"{gate['name']} {'not measured' if gate['value'] is None else format(gate['value'], '.3f')} ({sign} {gate['target']})"
     short = badge("fewer photos or drugs than asked for", "failed") if metrics.get("short") else ""
     return short + " ".join(badge(text(g), kinds[g["passed"]]) for g in metrics.get("gates", []))

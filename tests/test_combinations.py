@@ -16,9 +16,7 @@ from PIL import Image
 import pillsnap.train as train
 from pillsnap.boxes import letterbox
 from pillsnap.classifier import load_classifier
-from pillsnap.compose import ComposeSettings, make_composer, write_trays
 from pillsnap.core import PillSnapError, Parameters, get_stage, load_settings, read_events, read_json, read_metrics, run_state
-from pillsnap.cutouts import leave_out
 from pillsnap.detector import build_network, hash_weights, load_detector, read_detector, save_detector
 from pillsnap.evaluate import evaluate_run
 from pillsnap.identify import identify
@@ -108,12 +106,12 @@ class TestWhatItLearnsFrom:
 
     def test_held_out_drugs_lie_on_no_composed_tray(self, start, tmp_path):
         opened = open_folder(start())
-        held = held_out_drugs(opened.manifest.pills)
-        composer = make_composer(ComposeSettings(size=64), leave_out(opened.bank(), held))
-        laid = write_trays(composer, tmp_path / "laid", 30, workers=1)
+        held = held_out_drugs(opened)
+        train.compose_trays(opened, 30, tmp_path / "laid")
+        laid = pd.read_parquet(tmp_path / "laid/pills.parquet")
         trays = opened.manifest.pills[opened.manifest.pills.kind == "combination"]
         assert held >= set(unseen_drugs(opened.manifest)) and held and not held & set(laid.k_code) and not held & set(trays.k_code[trays.split == "train"])
-        assert set(composer.bank.table.k_code) & held, "the bank has them: leaving them out is what keeps them away"
+        assert set(opened.bank().table.k_code) & held, "the bank has them: leaving them out is what keeps them away"
 
     def test_incomplete_trays_train_only_masked(self, tray_root, tmp_path, trays_plan):
         "Left out they are counted; masked, what has no label is painted over, and validation stays complete."
@@ -259,7 +257,7 @@ class TestIdentify:
 
 
 def test_trays_are_evaluated_as_they_are_served(straight, start, trays_plan):
-    "The evaluation's answers are those of `identify` over the run's own files; a damaged photo costs only itself."
+    "The evaluation's answers are those of `identify` over the run's own files, one by one."
     run = sequential(straight, start)
     result = evaluate_run(run, trays_plan())
     opened = open_folder(run)
@@ -271,6 +269,34 @@ def test_trays_are_evaluated_as_they_are_served(straight, start, trays_plan):
         assert np.allclose(served.boxes, answer.boxes, atol=0.01) and served.k_codes == answer.k_codes
 
 
+def test_a_signal_while_data_is_prepared_stops_at_once(start, monkeypatch):
+    "Masks, cut-outs and trays take minutes on real data; what they make is whole or not there."
+    run = start("strategy=detector", run="preparing")
+    monkeypatch.setattr(train, "write_yolo_set", lambda *given, **more: signal.raise_signal(signal.SIGTERM))
+    try:
+        assert main([str(run)]) == 128 + signal.SIGTERM and run_state(run) == "stopped" and not read_events(run, "start")
+    finally:
+        train.Stop.signal = 0
+
+
+def test_photos_without_pills_are_negatives(tmp_path, trays_plan):
+    "They train and validate the detector, with an empty label, under their own names."
+    for number in range(24):
+        photo, label = (tmp_path / f"set/{kind}/{number:04d}{ending}" for kind, ending in (("images", ".png"), ("labels", ".txt")))
+        for path in (photo, label):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64), (number * 9, 90, 90)).save(photo)
+        label.write_text("" if number % 2 else "0 0.5 0.5 0.4 0.4\n1 0.2 0.2 0.2 0.2\n")
+    (tmp_path / "set/data.yaml").write_text("names: {0: advil, 1: midol}\n")
+    index = build_index([tmp_path / "set"])
+    plan = replace(trays_plan(), stage=get_stage(0, "name=empty split=photo images=20 classes=2 allow_short=true composed=0 detector_size=64 strategy=detector"), roots=[tmp_path / "set"])
+    folder = write_detector_set(open_folder(prepare_run(plan, make_manifest(index, plan.stage), index)))
+    photos = pd.read_csv(folder / "photos.csv", dtype={"name": "str", "photo": "str"})
+    empty = photos[photos.pills == 0]
+    assert len(empty) > 4 and set(empty.split) == {"train", "val"} and empty.photo.str.fullmatch("00[0-9]{2}").all()
+    assert all((folder / f"labels/{e.split}/{e.name}.txt").read_text() == "" for e in empty.itertuples(index=False))
+
+
 def test_a_training_process_reports_a_missing_tray_photo(start, tray_root, tmp_path, trays_plan):
     "An unreadable tray stops the training with its name; skip_unreadable leaves it out and counts it."
     root = tmp_path / "copy"
@@ -279,8 +305,10 @@ def test_a_training_process_reports_a_missing_tray_photo(start, tray_root, tmp_p
     plan = replace(trays_plan("strategy=detector detector_epochs=1 composed=0"), roots=[root])
     manifest = make_manifest(index, plan.stage)
     run = prepare_run(plan, manifest, index)
-    victim = manifest.pills[(manifest.pills.kind == "combination") & (manifest.pills.split == "train")].iloc[0]
-    (root / victim.image).write_bytes(b"cut off")
+    train_pills = manifest.pills[manifest.pills.split == "train"]
+    victim, single = (train_pills[train_pills.kind == kind].iloc[0] for kind in ("combination", "single"))
+    for pill in (victim, single):
+        (root / pill.image).write_bytes(b"cut off")
     assert main([str(run)]) == 1 and victim.image in read_events(run, "failed")[-1]["error"]
-    again = prepare_run(replace(plan, stage=replace(plan.stage, skip_unreadable=True)), manifest, index)
-    assert main([str(again)]) == 0 and read_metrics(again)["detector_skipped_files"] == 1
+    again = prepare_run(replace(plan, stage=replace(plan.stage, skip_unreadable=True, strategy="sequential", composed=1.0, epochs=1)), manifest, index)
+    assert main([str(again)]) == 0 and read_metrics(again)["detector_skipped_files"] == 1 == read_metrics(again)["skipped_files"]

@@ -26,7 +26,7 @@ from pillsnap.index import build_index
 from pillsnap.inspection import inspect, inspect_photo
 from pillsnap.manifest import byte_leaks, csv_bytes, group_leaks, make_manifest, pose_leaks, prove_no_leak
 from pillsnap.preprocess import Preprocess, cut_square
-from pillsnap.train import classifier_pills, fit, make_job, open_folder, prepare_run
+from pillsnap.train import classifier_pills, fit, make_job, open_folder, prepare_run, standard_error
 
 
 @pytest.fixture(scope="session")
@@ -318,7 +318,13 @@ class TestRuns:
         trained, meta = load_classifier(run / "best.safetensors")
         assert any(not torch.equal(start[k], v) for k, v in trained.state_dict().items())
         epochs = read_events(run, "epoch")
-        assert meta["epoch"] == max(epochs, key=lambda e: (e["val_macro_f1"], -e["val_loss"]))["epoch"]
+        near = [e["epoch"] for i, e in enumerate(epochs, 1) if e["val_macro_f1"] >= (peak := max(x["val_macro_f1"] for x in epochs[:i])) - standard_error(peak, meta_pills(run))]
+        assert meta["epoch"] == near[-1] and standard_error(1.0, 90) < 0.02 < standard_error(0.5, 90)
+
+
+def meta_pills(run):
+    "Count the pills that validated."
+    return read_events(run, "start")[0]["val_pills"]
 
 
 class TestRegistry:
