@@ -154,13 +154,13 @@ class Stage(DetectorFields):
         "Name of the stage's outputs: `stage_3`, or `stage_0-pushin` for other data."
         return f"stage_{self.stage}" + (f"-{self.name}" if self.name else "")
 
-# %% ../nbs/00_core.ipynb #36d2685e
+# %% ../nbs/00_core.ipynb #682056d4
 V2_S, V2_L = "tf_efficientnetv2_s.in21k_ft_in1k", "tf_efficientnetv2_l.in21k_ft_in1k"
 GPU = Stage(pretrained=True, workers=8, lr=5e-4, weight_decay=0.05, batch=64, label_smoothing=0.1, framing=0.5,
             detector="yolo11m", detector_size=640, detector_epochs=50, detector_batch=16, detector_lr=1e-3, detector_patience=15)
 
 STAGES = {row.stage: row for row in (
-    Stage("0", images=700, classes=12, tray_share=0.17, epochs=40, detector_epochs=8, hours=0.05,
+    Stage("0", images=700, classes=12, tray_share=0.17, epochs=40, detector_epochs=9, hours=0.05,
           gates=dict(test_top1=0.95, pipeline_pill_top1=0.95, det_map50=0.90, tray_exact=0.80)),
     replace(GPU, stage="1", images=5_000, classes=50, model=V2_S, size=224, epochs=20, hours=2,
             gates=dict(test_top1=0.40, det_map50=0.30)),

@@ -289,14 +289,15 @@ def make_job(opened: RunFolder) -> Job:
         load_checkpoint(opened.run / "last.pt", job.training, **job.identity)
     return job
 
-# %% ../nbs/04_train.ipynb #31ef3731
+# %% ../nbs/04_train.ipynb #e2df5e35
 def run_epoch(job: Job) -> dict[str, Any]:  # the scores of the epoch
     "Train one epoch and validate."
     stage, training, start = job.stage, job.training, time.perf_counter()
     job.train.epoch = training.epoch
     loader = batches(job.train, epoch_order(len(job.train), stage.seed, training.epoch), stage.batch, stage.workers, drop_last=True)
     scores = train_epoch(training, loader, job.pre, nn.CrossEntropyLoss(label_smoothing=stage.label_smoothing), progress(job, len(loader)))
-    logits, labels, _, skipped = predict(training.model, batches(job.val, range(len(job.val)), stage.batch * 2, stage.workers), job.pre, training.device)
+    workers = stage.workers if len(job.val) > 256 else 0  # starting processes takes longer than reading a few photos
+    logits, labels, _, skipped = predict(training.model, batches(job.val, range(len(job.val)), stage.batch * 2, workers), job.pre, training.device)
     note_skipped(job, job.val, skipped)
     val = {f"val_{k}": round(v, 5) for k, v in score(logits, labels).items()}
     return {"epoch": training.epoch, "lr": training.optimizer.param_groups[0]["lr"], "train_loss": round(scores["train_loss"], 5), **val,
