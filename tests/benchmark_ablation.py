@@ -21,7 +21,7 @@ from pillsnap.pipeline import draw_fresh, run_detector
 from pillsnap.scores import detection_metrics
 from pillsnap.train import fit, prepare_run
 
-GROUNDS = {"as photographed": "backgrounds=0", "half on another ground": "backgrounds=0.5", "all on another ground": "backgrounds=1"}
+GROUNDS = {"as photographed": "backgrounds=0", "half on another ground": "backgrounds=0.5"}
 TRAYS = {"real trays only": 0, "1 composed for each real": 1, "3 for each": 3, "10 for each": 10}
 STEPS = 216  # of the detector's batches, in every arm of `trays`
 SHOWN = {"grounds": ["test_top1", "tray_pill_top1", "new_ground_top1", "background_only_top1"], "trays": ["det_map50", "det_map50_95", "det_recall"]}
