@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MASK_FORMAT', 'HELD_GROUND', 'GROUND_PX', 'GROUND_VARIANTS', 'Masks', 'find_good_mask', 'mask_row', 'find_masks',
-           'ensure_masks', 'load_masks', 'stock_grounds', 'held_grounds', 'take_patch', 'cut_with_mask',
+           'ensure_masks', 'load_masks', 'draw_kinds', 'stock_grounds', 'held_grounds', 'take_patch', 'cut_with_mask',
            'cast_soft_shadow', 'lay_crop', 'Relay', 'show_relaid']
 
-# %% ../nbs/03ba_backgrounds.ipynb #bf057104
+# %% ../nbs/03ba_backgrounds.ipynb #3096fabc
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from .aihub import pill_source, read_photo
 from .core import PillSnapError, atomic_folder, content_hash, read_json, show_work, write_json
-from .cutouts import SEARCH, Box, Limits, clean_edge, cut_room, fill_outline, find_mask, holds_box, judge_mask, soften
+from .cutouts import SEARCH, Box, Limits, clean_edge, cut_room, find_judged, holds_box, soften
 from .grounds import DRAWN, draw_ground
 from .preprocess import cut_square
 from .viz import image_grid
@@ -54,7 +54,7 @@ class Masks:
         h, w = self.sides[row]
         return np.unpackbits(self.bits[row], axis=1)[:h, :w]
 
-# %% ../nbs/03ba_backgrounds.ipynb #1e763032
+# %% ../nbs/03ba_backgrounds.ipynb #1ccf9ed5
 def find_good_mask(
     photo: np.ndarray,  # (h, w, 3) uint8
     box: Box,
@@ -63,10 +63,8 @@ def find_good_mask(
     "Find the mask of a pill in the window around its box."
     if not holds_box(photo, box):
         return None
-    window, inner = cut_room(photo, box)
-    mask, second, holes = fill_outline(find_mask(window, inner))
-    k = max(mask.shape) / max(window.shape[:2])
-    return None if judge_mask(mask, tuple(v * k for v in inner), second, holes, shape, Limits()) else mask
+    mask, reason = find_judged(*cut_room(photo, box), shape)
+    return None if reason else mask
 
 # %% ../nbs/03ba_backgrounds.ipynb #dd13eb3e
 def mask_row(pill: Any, roots: Sequence[Path], shape: str) -> tuple[np.ndarray, tuple[int, int]]:  # packed mask, its height and width
@@ -122,25 +120,29 @@ def load_masks(folder: Path) -> Masks:
         raise PillSnapError(f"masks {folder} are not whole: remove the folder, they are found again")
     return masks
 
-# %% ../nbs/03ba_backgrounds.ipynb #58381bd0
+# %% ../nbs/03ba_backgrounds.ipynb #393bfe0b
 HELD_GROUND = "stone"
 GROUND_PX, GROUND_VARIANTS = 480, 8
+
+
+def draw_kinds(kinds: Sequence[str], seed: int) -> dict[str, list[np.ndarray]]:  # kind → (GROUND_PX, GROUND_PX, 3) uint8
+    "Draw every variant of some kinds of ground."
+    return {kind: [draw_ground(kind, seed, v, GROUND_PX) for v in range(GROUND_VARIANTS)] for kind in kinds}
 
 
 def stock_grounds(
     own: np.ndarray,  # (n, side, side, 3) uint8, the data's own without their pills; may be empty
     seed: int,
-    held: str = HELD_GROUND,  # the kind kept back
 ) -> dict[str, list[np.ndarray]]:  # kind → (GROUND_PX, GROUND_PX, 3) uint8
-    "Collect the grounds for training."
-    kinds = {kind: [draw_ground(kind, seed, v, GROUND_PX) for v in range(GROUND_VARIANTS)] for kind in DRAWN if kind != held}
+    "Collect the grounds for training: all kinds but HELD_GROUND."
+    kinds = draw_kinds([kind for kind in DRAWN if kind != HELD_GROUND], seed)
     studio = [cv2.resize(ground, (GROUND_PX, GROUND_PX), interpolation=cv2.INTER_AREA) for ground in own]
     return ({"studio": studio} if studio else {}) | kinds
 
 
 def held_grounds(seed: int) -> dict[str, list[np.ndarray]]:
     "Draw the grounds that were kept back."
-    return {HELD_GROUND: [draw_ground(HELD_GROUND, seed, v, GROUND_PX) for v in range(GROUND_VARIANTS)]}
+    return draw_kinds([HELD_GROUND], seed)
 
 # %% ../nbs/03ba_backgrounds.ipynb #3c682f24
 def take_patch(stock: Mapping[str, Sequence[np.ndarray]], size: int, rng: np.random.Generator) -> np.ndarray:  # (size, size, 3) uint8

@@ -6,11 +6,12 @@
 __all__ = ['Box', 'ROOM', 'SEARCH', 'EXTENTS', 'REASONS', 'STEEP', 'LONGEST', 'TYPICAL_MM', 'BANK_FORMAT', 'GROUND_SIDE',
            'GROUNDS', 'NOTHING', 'cut_room', 'fill_box', 'model_ground', 'mark_ground', 'holds_box', 'find_mask',
            'Limits', 'fill_outline', 'bounds', 'turned_sides', 'share_hull', 'judge_mask', 'Cutout', 'soften',
-           'clean_edge', 'cut_out', 'choose_singles', 'shrink', 'find_lean', 'spread_grain', 'erase_pill', 'Bank',
-           'load_bank', 'read_or_none', 'cut_row', 'square_ground', 'measure_bank', 'build_bank', 'ensure_bank',
-           'look_up_drugs', 'share_cutouts', 'bank_of_stage', 'leave_out', 'count_rejections', 'show_cutouts']
+           'clean_edge', 'find_judged', 'cut_out', 'choose_singles', 'shrink', 'find_lean', 'spread_grain',
+           'erase_pill', 'Bank', 'load_bank', 'read_or_none', 'cut_row', 'square_ground', 'measure_bank', 'build_bank',
+           'ensure_bank', 'look_up_drugs', 'share_cutouts', 'bank_of_manifest', 'bank_of_stage', 'leave_out',
+           'count_rejections', 'show_cutouts']
 
-# %% ../nbs/03aa_cutouts.ipynb #b256abe2
+# %% ../nbs/03aa_cutouts.ipynb #422914c0
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -25,7 +26,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from .aihub import pill_source, read_photo
-from .core import Parameters, PillSnapError, atomic_folder, content_hash, lock, read_json, show_work, write_json
+from .core import Parameters, PillSnapError, Settings, atomic_folder, content_hash, lock, read_json, show_work, write_json
 from .index import Index, hash_table
 from .inspection import inspect
 from .manifest import Manifest
@@ -200,7 +201,14 @@ def clean_edge(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     colours[nearest[inside]] = rgb[inside]
     return np.where(inside[..., None], rgb, colours[nearest])
 
-# %% ../nbs/03aa_cutouts.ipynb #9b5eac01
+# %% ../nbs/03aa_cutouts.ipynb #61855ec6
+def find_judged(window: np.ndarray, box: Box, shape: str, limits: Limits = Limits()) -> tuple[np.ndarray, str]:  # filled mask, the window's longer side at most SEARCH px; key of REASONS
+    "Find the mask of a pill in a window, and say why it is rejected; an empty text accepts it."
+    mask, second, holes = fill_outline(find_mask(window, box))
+    k = max(mask.shape) / max(window.shape[:2])
+    return mask, judge_mask(mask, tuple(v * k for v in box), second, holes, shape, limits)
+
+# %% ../nbs/03aa_cutouts.ipynb #88d6dc00
 def cut_out(
     photo: np.ndarray,  # (h, w, 3) uint8 RGB, one pill on plain ground
     box: Box,  # x, y, w, h in px
@@ -212,9 +220,7 @@ def cut_out(
     if photo.dtype != np.uint8 or min(box[2:]) < 4 or box[0] < -1 or box[1] < -1 or box[0] + box[2] > w + 1 or box[1] + box[3] > h + 1:
         raise ValueError(f"photo {photo.dtype} {photo.shape} must be uint8, box {tuple(box)} must lie in it and have 4 px or more")
     window, inner = cut_room(photo, box)
-    mask, second, holes = fill_outline(find_mask(window, inner))
-    k = max(mask.shape) / max(window.shape[:2])
-    reason = judge_mask(mask, tuple(v * k for v in inner), second, holes, shape, limits)
+    mask, reason = find_judged(window, inner, shape, limits)
     alpha = soften(mask, window.shape[:2])
     outside = window[~fill_box(window.shape[:2], inner, 0.04) & (alpha == 0)]
     ground = tuple(np.median(outside, 0).tolist()) if len(outside) else (128.0,) * 3
@@ -388,7 +394,7 @@ def ensure_bank(
             write_json(part / "bank.json", {"key": key, "cutouts": len(chosen)})
     return load_bank(folder / key)
 
-# %% ../nbs/03aa_cutouts.ipynb #d06560fe
+# %% ../nbs/03aa_cutouts.ipynb #87da4c30
 def look_up_drugs(index: Index, pills: pd.DataFrame, per_drug: int = 5) -> pd.DataFrame:  # index K-code; long_mm, shape
     "Ask a few labels of each drug for its size and shape; drugs of other layouts than AIHub's have none."
     singles = pills[(pills.kind == "single") & (pills.split == "train")].groupby("k_code").head(per_drug)
@@ -403,10 +409,15 @@ def share_cutouts(drugs: int) -> int:  # per drug
     return int(np.clip(4000 // max(1, drugs), 2, 16))
 
 
+def bank_of_manifest(manifest: Manifest, roots: Sequence[Path], drugs: pd.DataFrame, settings: Settings) -> Bank:
+    "Return the bank of a manifest's training singles, built under a lock; it lies under work/bank."
+    with lock(settings, f"bank-{manifest.hash}"):
+        return ensure_bank(manifest.pills, roots, drugs, settings.work / "bank", share_cutouts(len(manifest.classes)))
+
+
 def bank_of_stage(plan: Parameters, index: Index, manifest: Manifest) -> Bank:
-    "Return the bank of a stage, the one its training uses; it lies under work/bank."
-    with lock(plan.settings, f"bank-{manifest.hash}"):
-        return ensure_bank(manifest.pills, index.roots, look_up_drugs(index, manifest.pills), plan.settings.work / "bank", share_cutouts(len(manifest.classes)))
+    "Return the bank of a stage, the one its training uses."
+    return bank_of_manifest(manifest, index.roots, look_up_drugs(index, manifest.pills), plan.settings)
 
 
 def leave_out(bank: Bank, drugs: Collection[str]) -> Bank:

@@ -11,7 +11,7 @@ __all__ = ['MAY_CHANGE', 'RUNGS', 'interval', 'calibration_bins', 'expected_cali
            'evaluate_trays', 'evaluate_framing', 'evaluate_run', 'tidy', 'gate_table', 'metric_table',
            'show_worst_trays', 'show_framing', 'step_table']
 
-# %% ../nbs/05_evaluate.ipynb #fef091db
+# %% ../nbs/05_evaluate.ipynb #aa47ec85
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ from sklearn.metrics import auc, average_precision_score, precision_recall_curve
 from .aihub import pill_source, read_photo
 from .backgrounds import Relay, ensure_masks, held_grounds
 from .classifier import load_classifier, predict, predict_crops, score, softmax
-from .core import AT_MOST, Parameters, PillSnapError, Settings, Stage, append_event, open_roots, parse_overrides, pick_device, read_events, read_json, read_metrics, write_metrics
+from .core import AT_MOST, Parameters, PillSnapError, Stage, append_event, open_roots, parse_overrides, pick_device, read_events, read_json, read_metrics, write_metrics
 from .data import PillDataset, batches
 from .manifest import Manifest, load_manifest
 from .pipeline import Outcome, measure_framing, measure_pipeline, open_pipeline, plot_framing, run_pipeline, show_worst, test_trays, time_steps
@@ -336,7 +336,7 @@ def show_mistakes(
         crops, titles, bad = crops + found[0], titles + [f"{rung}\n{t}" for t in found[1]], bad + found[2]
     return image_grid(crops, titles, 8, side=1.3, bad=bad)
 
-# %% ../nbs/05_evaluate.ipynb #9b9a7ceb
+# %% ../nbs/05_evaluate.ipynb #5e6368f7
 def rung_metrics(evaluated: Evaluated, rungs: dict[str, Predictions]) -> dict[str, Any]:
     "Measure the ladder, and the probes of the background."
     test, ladder = Evaluation(evaluated, rungs, {}).test, ladder_table(rungs)
@@ -350,7 +350,7 @@ def rung_metrics(evaluated: Evaluated, rungs: dict[str, Predictions]) -> dict[st
     return metrics | {"headline": {"rung": ladder.index[-1], "top1": ladder.top1.iloc[-1]}}
 
 
-def evaluate_trays(evaluated: Evaluated, settings: Settings) -> tuple[Outcome | None, pd.DataFrame | None, dict[str, Any]]:  # None where there is no detector, or no tray
+def evaluate_trays(evaluated: Evaluated) -> tuple[Outcome | None, pd.DataFrame | None, dict[str, Any]]:  # None where there is no detector, or no tray
     "Measure detector and classifier together on trays, and time their steps."
     pipeline = open_pipeline(evaluated.run, evaluated.manifest.classes, evaluated.device)
     trays, what = test_trays(evaluated.manifest, evaluated.roots) if pipeline else ([], "")
@@ -367,7 +367,7 @@ def evaluate_framing(evaluated: Evaluated) -> pd.DataFrame | None:  # None where
     classify = lambda crops: predict_crops(evaluated.model, crops, evaluated.pre, evaluated.device)
     return measure_framing(classify, evaluated.manifest.classes, evaluated.pre, pills, evaluated.roots)
 
-# %% ../nbs/05_evaluate.ipynb #da511d19
+# %% ../nbs/05_evaluate.ipynb #e81be3f1
 def evaluate_run(run: Path, plan: Parameters) -> Evaluation:
     "Measure a run once, and write its part of the metrics; raises PillSnapError if there is no test pill."
     evaluated = open_run(run, plan)
@@ -375,7 +375,7 @@ def evaluate_run(run: Path, plan: Parameters) -> Evaluation:
     if all(name.startswith("random frame") for name in rungs):
         raise PillSnapError(f"manifest {evaluated.manifest.hash} has no test pill of a known drug")
     metrics = rung_metrics(evaluated, rungs) | new_ground_metrics(evaluated, plan.settings.work) | {"test_readings": len(read_events(run, "test_read"))}
-    outcome, times, more = evaluate_trays(evaluated, plan.settings)
+    outcome, times, more = evaluate_trays(evaluated)
     framing = evaluate_framing(evaluated)
     metrics |= more | ({"framing": framing[["cover", "top1", "low", "high"]].T.to_dict()} if framing is not None else {})
     metrics["gates"] = check_gates(evaluated.stage, read_metrics(run) | metrics)

@@ -12,7 +12,7 @@ __all__ = ['PATCHES', 'Write', 'COMPARED', 'SILENT', 'prepare_run', 'write_input
            'train_stage', 'training_lock', 'train_now', 'live_line', 'ensure_run', 'epoch_table', 'plot_training',
            'plot_detector', 'show_batch', 'show_detector_photos', 'read_boxes', 'summarise_run', 'compare_runs']
 
-# %% ../nbs/04_train.ipynb #b2879987
+# %% ../nbs/04_train.ipynb #705c5e92
 import contextlib
 import math
 import os
@@ -41,7 +41,7 @@ from .classifier import build_classifier, model_preprocess, predict, save_classi
 from .compose import ComposeSettings, make_composer, write_trays
 from .core import (STAGES, Parameters, PillSnapError, Settings, Stage, append_event, describe_run, epoch_line, find_run, list_runs, load_settings, lock, new_run, pick_device,
                            read_events, read_json, read_metrics, run_state, stale_modules, tail_events, write_json, write_metrics)
-from .cutouts import Bank, ensure_bank, leave_out, look_up_drugs, share_cutouts
+from .cutouts import Bank, bank_of_manifest, leave_out, look_up_drugs
 from .data import PillDataset, batches, epoch_order
 from .detector import build_network, detector_epochs, train_detector
 from .engine import Apart, Training, check_memory, estimate_memory, free_memory, load_checkpoint, pick_precision, save_checkpoint, start_training, train_epoch
@@ -158,7 +158,7 @@ def make_dataset(stage: Stage, manifest: Manifest, roots: list[Path], split: str
         raise PillSnapError(f"framing={stage.framing} is less than margin={stage.margin}: training would never show what is evaluated")
     return PillDataset(pills, roots, model_preprocess(stage), augment, stage.seed, stage.skip_unreadable, stage.framing)
 
-# %% ../nbs/04_train.ipynb #013f428d
+# %% ../nbs/04_train.ipynb #ac597cdd
 @dataclass(frozen=True)
 class RunFolder:
     "A run folder, opened for training."
@@ -174,9 +174,7 @@ class RunFolder:
 
     def bank(self) -> Bank:
         "Return the cut-outs of the training singles."
-        settings = load_settings()
-        with lock(settings, f"bank-{self.manifest.hash}"):
-            return ensure_bank(self.manifest.pills, self.roots, self.drugs, settings.work / "bank", share_cutouts(len(self.manifest.classes)))
+        return bank_of_manifest(self.manifest, self.roots, self.drugs, load_settings())
 
 
 def open_folder(run: Path) -> RunFolder:
