@@ -7,8 +7,7 @@ __all__ = ['MASK_FORMAT', 'HELD_GROUND', 'GROUND_PX', 'GROUND_VARIANTS', 'Masks'
            'ensure_masks', 'load_masks', 'draw_kinds', 'stock_grounds', 'held_grounds', 'take_patch', 'cut_with_mask',
            'cast_soft_shadow', 'lay_crop', 'Relay', 'show_relaid']
 
-# %% ../nbs/03ba_backgrounds.ipynb #3096fabc
-import os
+# %% ../nbs/03ba_backgrounds.ipynb #a87aacad
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -20,9 +19,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .aihub import pill_source, read_photo
-from .core import PillSnapError, atomic_folder, content_hash, read_json, show_work, write_json
+from .core import PillSnapError, atomic_folder, content_hash, count_workers, read_json, show_work, write_json
 from .cutouts import SEARCH, Box, Limits, clean_edge, cut_room, find_judged, holds_box, soften
+from .data import Cache, Photos
 from .grounds import DRAWN, draw_ground
 from .preprocess import cut_square
 from .viz import image_grid
@@ -66,12 +65,13 @@ def find_good_mask(
     mask, reason = find_judged(*cut_room(photo, box), shape)
     return None if reason else mask
 
-# %% ../nbs/03ba_backgrounds.ipynb #dd13eb3e
-def mask_row(pill: Any, roots: Sequence[Path], shape: str) -> tuple[np.ndarray, tuple[int, int]]:  # packed mask, its height and width
-    "Find the mask of one row of a manifest; only a pill alone in a studio photo has one, and only if the photo can be read."
+# %% ../nbs/03ba_backgrounds.ipynb #05ff0559
+def mask_row(pictures: Photos | Cache, row: int, shape: str) -> tuple[np.ndarray, tuple[int, int]]:  # packed mask, its height and width
+    "Find the mask of one pill, if its picture can be read."
     packed = np.zeros((SEARCH, SEARCH // 8), np.uint8)
     try:
-        mask = find_good_mask(read_photo(pill_source(pill, roots)), (pill.x, pill.y, pill.w, pill.h), shape) if pill.kind == "single" else None
+        picture, box = pictures.read(row)
+        mask = find_good_mask(picture, tuple(box), shape)
     except PillSnapError:
         mask = None  # the loader meets the same photo and stops or counts, as the stage says
     if mask is None:
@@ -81,28 +81,29 @@ def mask_row(pill: Any, roots: Sequence[Path], shape: str) -> tuple[np.ndarray, 
     return np.packbits(full, axis=1), mask.shape
 
 
-def find_masks(pills: pd.DataFrame, roots: Sequence[Path], shapes: Mapping[str, str], workers: int = 0) -> Masks:
-    "Find the masks of all rows, in threads."
+def find_masks(pills: pd.DataFrame, pictures: Photos | Cache, shapes: Mapping[str, str], workers: int = -1) -> Masks:
+    "Find the masks of all pills that lie alone in a studio photo, in threads."
     bits, sides = np.zeros((len(pills), SEARCH, SEARCH // 8), np.uint8), np.zeros((len(pills), 2), np.int32)
-    with show_work("finding masks", len(pills)) as advance, ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        for row, found in enumerate(pool.map(lambda pill: mask_row(pill, roots, shapes.get(pill.k_code, "")), pills.itertuples())):
+    singles, codes = np.flatnonzero(pills.kind == "single"), pills.k_code.to_numpy()
+    with show_work("finding masks", len(singles)) as advance, ThreadPoolExecutor(count_workers(workers)) as pool:
+        for row, found in zip(singles, pool.map(lambda row: mask_row(pictures, row, shapes.get(codes[row], "")), singles)):
             bits[row], sides[row] = found
             advance(1)
     return Masks(bits, sides)
 
-# %% ../nbs/03ba_backgrounds.ipynb #6d48e656
+# %% ../nbs/03ba_backgrounds.ipynb #95deedd4
 def ensure_masks(
     pills: pd.DataFrame,  # rows of a manifest
-    roots: Sequence[Path],
+    pictures: Photos | Cache,  # of the same pills
     drugs: pd.DataFrame,  # index K-code, column shape
     folder: Path,  # masks lie below it
 ) -> Masks:
     "Return the masks of a table of pills, finding them if they are not there, whole or not at all."
     shapes = drugs["shape"].dropna().astype(str).to_dict()
     rows = pills[["photo", "ending", "k_code", "kind", "x", "y", "w", "h"]].astype(str).to_csv(index=False)
-    key = content_hash(rows, sorted(shapes.items()), asdict(Limits()), list(map(str, roots)), SEARCH, MASK_FORMAT)
+    key = content_hash(rows, sorted(shapes.items()), asdict(Limits()), pictures.key, SEARCH, MASK_FORMAT)
     if not (folder / key).exists():
-        found = find_masks(pills, roots, shapes)
+        found = find_masks(pills, pictures, shapes)
         with atomic_folder(folder / key) as part:
             np.save(part / "bits.npy", found.bits)
             np.save(part / "sides.npy", found.sides)
@@ -155,7 +156,7 @@ def take_patch(stock: Mapping[str, Sequence[np.ndarray]], size: int, rng: np.ran
     part = cv2.resize(part, (size, size), interpolation=cv2.INTER_AREA if side > size else cv2.INTER_LINEAR)
     return np.ascontiguousarray(np.rot90(part, rng.integers(4)))
 
-# %% ../nbs/03ba_backgrounds.ipynb #b02877d7
+# %% ../nbs/03ba_backgrounds.ipynb #91005409
 def cut_with_mask(
     photo: np.ndarray,  # (h, w, 3) uint8
     box: Box,
@@ -167,7 +168,7 @@ def cut_with_mask(
     "Cut the square of `cut_square` and the mask in it."
     window, inner = cut_room(photo, box)
     alpha = np.round(soften(mask, window.shape[:2]) * 255).astype(np.uint8)
-    rgba = cut_square(np.dstack([window, alpha]), inner, margin, size, shift)
+    rgba = cut_square(np.dstack([window, alpha]), inner, margin, size, shift, fast=True)
     alpha = rgba[..., 3].astype(np.float32) / 255
     return clean_edge(np.ascontiguousarray(rgba[..., :3]), alpha), alpha
 
@@ -191,7 +192,7 @@ def lay_crop(
     shadowed = ground * (cast_soft_shadow(alpha, rng) * rng.uniform(0.75, 1.05))[..., None]
     return np.clip(crop * alpha[..., None] + shadowed * (1 - alpha[..., None]) + 0.5, 0, 255).astype(np.uint8)
 
-# %% ../nbs/03ba_backgrounds.ipynb #8fc470d9
+# %% ../nbs/03ba_backgrounds.ipynb #b8a60643
 @dataclass(frozen=True, eq=False)
 class Relay:
     "Lays a share of a data set's crops on new grounds: what `PillDataset` calls for its training cut."
@@ -203,7 +204,7 @@ class Relay:
         "Cut a pill, perhaps on a new ground; `rng` decides."
         new = rng.random() < self.share
         if not (new and self.masks.sides[row, 0]):
-            return cut_square(photo, box, margin, size, shift)
+            return cut_square(photo, box, margin, size, shift, fast=True)
         crop, alpha = cut_with_mask(photo, box, self.masks.mask(row), margin, size, shift)
         return lay_crop(crop, alpha, take_patch(self.stock, size, rng), rng)
 

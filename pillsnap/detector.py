@@ -10,7 +10,7 @@ __all__ = ['MODELS', 'CACHE', 'import_ultralytics', 'keep_libraries', 'keep_thre
            'read_scores', 'restore', 'read_checkpoint', 'begin_epoch', 'end_batch', 'end_epoch', 'make_trainer',
            'train_detector', 'run_trainer', 'finish_detector', 'detector_epochs', 'score_detector']
 
-# %% ../nbs/03d_detector.ipynb #3bb15d5c
+# %% ../nbs/03d_detector.ipynb #cdd0464e
 import contextlib
 import io
 import json
@@ -34,7 +34,7 @@ import yaml
 from PIL import Image
 
 from .boxes import DOUBLE_IOU, LEAST_SCORE, decode_boxes, letterbox, out_of_square
-from .core import PillSnapError, Stage, append_event, atomic_path, content_hash, load_settings, read_events, read_json, suggest
+from .core import PillSnapError, Stage, append_event, atomic_path, content_hash, count_workers, load_settings, read_events, read_json, suggest
 
 if TYPE_CHECKING:
     import torch
@@ -250,13 +250,13 @@ class DetectorPlan:
     patience: int = 0  # epochs without a better validation after which it stops; 0: never
     weights: str = ""  # local file to start from; "": from scratch
 
-# %% ../nbs/03d_detector.ipynb #9ec418cb
+# %% ../nbs/03d_detector.ipynb #0ae039f9
 def plan_detector(
     stage: Stage,
     **changes: Any,  # fields of DetectorPlan
 ) -> DetectorPlan:
     "Make the plan of a stage; raises PillSnapError for what the network or ultralytics cannot do."
-    fields = {name: getattr(stage, name) for name in ("weight_decay", "warmup", "augment", "precision", "workers", "seed")}
+    fields = {name: getattr(stage, name) for name in ("weight_decay", "warmup", "augment", "precision", "seed")} | {"workers": count_workers(stage.workers)}
     fields |= {name: getattr(stage, f"detector_{name}") for name in ("size", "epochs", "batch", "lr", "patience", "weights")} | {"model": stage.detector}
     unknown = set(changes) - set(DetectorPlan.__dataclass_fields__)
     if unknown:

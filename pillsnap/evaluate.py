@@ -11,7 +11,7 @@ __all__ = ['MAY_CHANGE', 'RUNGS', 'interval', 'calibration_bins', 'expected_cali
            'evaluate_trays', 'evaluate_framing', 'evaluate_run', 'tidy', 'gate_table', 'metric_table',
            'show_worst_trays', 'show_framing', 'step_table']
 
-# %% ../nbs/05_evaluate.ipynb #aa47ec85
+# %% ../nbs/05_evaluate.ipynb #5d8133f7
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +28,7 @@ from .aihub import pill_source, read_photo
 from .backgrounds import Relay, ensure_masks, held_grounds
 from .classifier import load_classifier, predict, predict_crops, score, softmax
 from .core import AT_MOST, Parameters, PillSnapError, Stage, append_event, open_roots, parse_overrides, pick_device, read_events, read_json, read_metrics, write_metrics
-from .data import PillDataset, batches
+from .data import Photos, PillDataset, stage_batches
 from .manifest import Manifest, load_manifest
 from .pipeline import Outcome, measure_framing, measure_pipeline, open_pipeline, plot_framing, run_pipeline, show_worst, test_trays, time_steps
 from .preprocess import Preprocess, cover_pill
@@ -87,7 +87,7 @@ class RelaidPills(PillDataset):
     def cut(self, photo: np.ndarray, box: list[float], row: int) -> np.ndarray:
         return self.relay(photo, box, row, self.pre.margin, self.pre.size, (0.0, 0.0), np.random.default_rng([11, row]))
 
-# %% ../nbs/05_evaluate.ipynb #404b1224
+# %% ../nbs/05_evaluate.ipynb #ad574f65
 @dataclass(frozen=True)
 class Evaluated:
     "A run with its best weights, ready to predict."
@@ -103,15 +103,15 @@ class Evaluated:
         "Predict pills with the evaluation's cut."
         if pills.empty:
             return None
-        data = dataset(pills, self.roots, self.pre, skip_unreadable=self.stage.skip_unreadable)
-        logits, labels, rows, skipped = predict(self.model, batches(data, range(len(data)), 2 * self.stage.batch, self.stage.workers), self.pre, self.device)
+        data = dataset(pills, Photos(pills, self.roots), self.pre, skip_unreadable=self.stage.skip_unreadable)
+        logits, labels, rows, skipped = predict(self.model, stage_batches(data, range(len(data)), 2 * self.stage.batch, self.stage), self.pre, self.device)
         p = softmax(logits)
         top = np.argsort(-p, axis=1)[:, :5]
         answers = {"pred": top[:, 0], "confidence": p.max(1), "right": top[:, 0] == labels, "right5": (top == labels[:, None]).any(1)}
         return Predictions(pills.iloc[rows].assign(**answers).reset_index(drop=True), p, score(logits, labels), len(skipped))
 
-# %% ../nbs/05_evaluate.ipynb #38b3e76c
-MAY_CHANGE = ("skip_unreadable", "workers", "batch", "gates", "hours")
+# %% ../nbs/05_evaluate.ipynb #0b228753
+MAY_CHANGE = ("skip_unreadable", "loader", "workers", "prefetch", "pin", "batch", "gates", "hours")
 
 
 def evaluation_stage(trained: Stage, plan: Parameters) -> Stage:
@@ -285,7 +285,7 @@ def check_gates(stage: Stage, metrics: dict[str, Any]) -> list[dict[str, Any]]: 
     rows = [(name, metrics.get(name), target, -1 if name in AT_MOST else 1) for name, target in [*stage.gates.items(), ("train_hours", stage.hours)]]
     return [{"name": name, "value": value, "target": target, "passed": None if value is None else bool(sign * value >= sign * target)} for name, value, target, sign in rows]
 
-# %% ../nbs/05_evaluate.ipynb #bce2dfc1
+# %% ../nbs/05_evaluate.ipynb #2cc2d1e6
 def background_metrics(evaluated: Evaluated, p: Predictions) -> dict[str, float]:
     "Ask the model with every pill covered; near chance is right, above it the background gives drugs away."
     covered = evaluated.predict(p.pills[classifier_pills(evaluated.manifest, "test").columns], CoveredPills)
@@ -299,7 +299,7 @@ def new_ground_metrics(evaluated: Evaluated, work: Path) -> dict[str, Any]:  # e
     if pills.empty:
         return {}
     drugs = pd.read_csv(evaluated.run / "drugs.csv", index_col="k_code")
-    masks = ensure_masks(pills, evaluated.roots, drugs, work / "masks")
+    masks = ensure_masks(pills, Photos(pills, evaluated.roots), drugs, work / "masks")
     if not masks.good.any():
         return {}
     relay = Relay(masks.take(masks.good), held_grounds(evaluated.stage.seed), 1.0)

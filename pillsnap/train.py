@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['PATCHES', 'Write', 'COMPARED', 'SILENT', 'prepare_run', 'write_inputs', 'list_empty', 'as_command', 'fits',
-           'resumable', 'list_incomplete', 'is_incomplete', 'classifier_pills', 'make_dataset', 'RunFolder',
-           'open_folder', 'make_relay', 'training_set', 'held_out_drugs', 'compose_trays', 'gather_photos',
-           'write_detector_set', 'Job', 'make_job', 'run_epoch', 'progress', 'note_skipped', 'standard_error', 'keep',
-           'tensorboard', 'train_classifier', 'train_pill_detector', 'check_both_fit', 'train_by_turns', 'fit',
-           'describe_job', 'training_metrics', 'detector_metrics', 'Stop', 'main', 'Launched', 'launch', 'follow',
-           'train_stage', 'training_lock', 'train_now', 'live_line', 'ensure_run', 'epoch_table', 'plot_training',
-           'plot_detector', 'show_batch', 'show_detector_photos', 'read_boxes', 'summarise_run', 'compare_runs']
+           'resumable', 'list_incomplete', 'is_incomplete', 'classifier_pills', 'RunFolder', 'open_folder',
+           'keep_pills', 'tell_progress', 'make_datasets', 'make_relay', 'held_out_drugs', 'compose_trays',
+           'gather_photos', 'write_detector_set', 'Job', 'make_job', 'run_epoch', 'progress', 'note_skipped',
+           'standard_error', 'keep', 'tensorboard', 'train_classifier', 'train_pill_detector', 'check_both_fit',
+           'train_by_turns', 'fit', 'describe_job', 'training_metrics', 'detector_metrics', 'Stop', 'main', 'Launched',
+           'launch', 'follow', 'train_stage', 'training_lock', 'train_now', 'live_line', 'ensure_run', 'epoch_table',
+           'plot_training', 'plot_detector', 'show_batch', 'show_detector_photos', 'read_boxes', 'summarise_run',
+           'compare_runs']
 
-# %% ../nbs/04_train.ipynb #705c5e92
+# %% ../nbs/04_train.ipynb #feaa7005
 import contextlib
 import math
 import os
@@ -25,6 +26,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ from .compose import ComposeSettings, make_composer, write_trays
 from .core import (STAGES, Parameters, PillSnapError, Settings, Stage, append_event, describe_run, epoch_line, find_run, list_runs, load_settings, lock, new_run, pick_device,
                            read_events, read_json, read_metrics, run_state, stale_modules, tail_events, write_json, write_metrics)
 from .cutouts import Bank, bank_of_manifest, leave_out, look_up_drugs
-from .data import PillDataset, batches, epoch_order
+from .data import Cache, CacheCut, Photos, PillDataset, batches, choose_kind, ensure_cache, epoch_order, plan_cut, stage_batches
 from .detector import build_network, detector_epochs, train_detector
 from .engine import Apart, Training, check_memory, estimate_memory, free_memory, load_checkpoint, pick_precision, save_checkpoint, start_training, train_epoch
 from .grounds import collect_patches
@@ -138,7 +140,7 @@ def is_incomplete(images: pd.DataFrame) -> pd.Series:  # bool
     "Say which photos are trays with fewer labels than codes in their name."
     return (images.kind == "combination") & (images.labels < images.n_codes)
 
-# %% ../nbs/04_train.ipynb #1c4d1fce
+# %% ../nbs/04_train.ipynb #3b46eb58
 def classifier_pills(
     manifest: Manifest,
     split: str,  # train, val, test, frame
@@ -147,16 +149,6 @@ def classifier_pills(
     "Choose a split's pills for the classifier."
     pills = manifest.pills
     return pills[(pills.split == split) & pills.kind.isin(kinds) & (pills.label >= 0)].reset_index(drop=True)
-
-
-def make_dataset(stage: Stage, manifest: Manifest, roots: list[Path], split: str) -> PillDataset:
-    "Make a split's pills, cut randomly for training; raises PillSnapError if there are none."
-    pills, augment = classifier_pills(manifest, split), stage.augment if split == "train" else 0.0
-    if pills.empty:
-        raise PillSnapError(f"manifest {manifest.hash} has no pill in the {split} split for the classifier")
-    if stage.framing < stage.margin:
-        raise PillSnapError(f"framing={stage.framing} is less than margin={stage.margin}: training would never show what is evaluated")
-    return PillDataset(pills, roots, model_preprocess(stage), augment, stage.seed, stage.skip_unreadable, stage.framing)
 
 # %% ../nbs/04_train.ipynb #ac597cdd
 @dataclass(frozen=True)
@@ -182,21 +174,59 @@ def open_folder(run: Path) -> RunFolder:
     record = read_json(run / "run.json")
     return RunFolder(run, Stage(**record["stage"]), load_manifest(run / "manifest"), [Path(r) for r in record["roots"]], record["device"])
 
-# %% ../nbs/04_train.ipynb #d4eaa59e
-def make_relay(opened: RunFolder, pills: pd.DataFrame) -> Relay | None:  # None: every crop keeps its ground
+# %% ../nbs/04_train.ipynb #af765f91
+def keep_pills(opened: RunFolder, pills: pd.DataFrame) -> Photos | Cache:
+    "Return the cache of a run's pills, as the stage says; raises PillSnapError that names unreadable photos where they are not to be skipped."
+    settings, note = load_settings(), opened.run / "cache.json"
+    if not note.exists():
+        kind, why = choose_kind(opened.stage, pills, opened.roots, settings)
+        write_json(note, {"kind": kind, "why": why, "cut": asdict(plan_cut(opened.stage, kind))})
+    said = read_json(note)
+    if said["kind"] == "off":
+        return Photos(pills, opened.roots)
+    cache = ensure_cache(pills, opened.roots, CacheCut(**said["cut"]), settings, opened.manifest.hash, opened.stage.workers, partial(tell_progress, opened.run))
+    if cache.errors and not opened.stage.skip_unreadable:
+        raise PillSnapError(f"{len(cache.errors)} of {len(pills)} photos cannot be read, the first: {next(iter(cache.errors.values()))}; all are listed in {cache.folder / 'cache.json'}")
+    return cache
+
+
+@contextlib.contextmanager
+def tell_progress(run: Path, what: str, total: int) -> Iterator[Callable[[int], None]]:
+    "Write the progress of a preparation to the run's events, at most once a second."
+    done, told = 0, time.perf_counter()
+
+    def advance(n: int) -> None:
+        nonlocal done, told
+        done += n
+        if time.perf_counter() - told >= 1:
+            told = time.perf_counter()
+            append_event(run, "preparing", what=what, done=done, total=total)
+    yield advance
+
+# %% ../nbs/04_train.ipynb #7cb8d02e
+def make_datasets(opened: RunFolder) -> tuple[PillDataset, PillDataset]:  # training pills, cut randomly; validation pills
+    "Make the pills of both splits; raises PillSnapError if one has none."
+    stage, splits = opened.stage, {split: classifier_pills(opened.manifest, split) for split in ("train", "val")}
+    for split, pills in splits.items():
+        if pills.empty:
+            raise PillSnapError(f"manifest {opened.manifest.hash} has no pill in the {split} split for the classifier")
+    if stage.framing < stage.margin:
+        raise PillSnapError(f"framing={stage.framing} is less than margin={stage.margin}: training would never show what is evaluated")
+    train, val = splits.values()
+    kept, pre = keep_pills(opened, pd.concat([train, val], ignore_index=True)), model_preprocess(stage)
+    own = [kept.take(rows) for rows in (np.arange(len(train)), len(train) + np.arange(len(val)))]
+    trained = PillDataset(train, own[0], pre, stage.augment, stage.seed, stage.skip_unreadable, stage.framing)
+    return replace(trained, relay=make_relay(opened, trained)), PillDataset(val, own[1], pre, skip_unreadable=stage.skip_unreadable)
+
+# %% ../nbs/04_train.ipynb #156f03a3
+def make_relay(opened: RunFolder, train: PillDataset) -> Relay | None:  # None: every crop keeps its ground
     "Find the masks of the training pills and collect the grounds."
-    if not opened.stage.backgrounds or not (pills.kind == "single").any():
+    if not opened.stage.backgrounds or not (train.pills.kind == "single").any():
         return None
     settings = load_settings()
     with lock(settings, f"masks-{opened.manifest.hash}"):
-        masks = ensure_masks(pills, opened.roots, opened.drugs, settings.work / "masks")
+        masks = ensure_masks(train.pills, train.pictures, opened.drugs, settings.work / "masks")
     return Relay(masks, stock_grounds(opened.bank().grounds, opened.stage.seed), opened.stage.backgrounds) if masks.good.any() else None
-
-
-def training_set(opened: RunFolder) -> PillDataset:
-    "Make the training pills as the model sees them."
-    train = make_dataset(opened.stage, opened.manifest, opened.roots, "train")
-    return replace(train, relay=make_relay(opened, train.pills))
 
 # %% ../nbs/04_train.ipynb #0d717371
 def held_out_drugs(opened: RunFolder) -> set[str]:
@@ -274,12 +304,12 @@ class Job:
         done, best = self.training.epoch, self.training.best.get("epoch", 0)
         return done >= self.stage.epochs or 0 < self.stage.patience <= done - best
 
-# %% ../nbs/04_train.ipynb #f7846128
+# %% ../nbs/04_train.ipynb #df53b393
 def make_job(opened: RunFolder) -> Job:
     "Build data, model and training state, and go back to the last checkpoint if there is one; raises PillSnapError where a split is empty."
     stage, manifest = opened.stage, opened.manifest
     torch.manual_seed(stage.seed)
-    train, val = training_set(opened), make_dataset(stage, manifest, opened.roots, "val")
+    train, val = make_datasets(opened)
     model = build_classifier(stage, len(manifest.classes))
     steps = len(batches(train, range(len(train)), stage.batch, drop_last=True))
     job = Job(opened.run, stage, manifest, train.pre, train, val, start_training(model, stage, steps, pick_device(opened.device)))
@@ -287,15 +317,14 @@ def make_job(opened: RunFolder) -> Job:
         load_checkpoint(opened.run / "last.pt", job.training, **job.identity)
     return job
 
-# %% ../nbs/04_train.ipynb #e2df5e35
+# %% ../nbs/04_train.ipynb #fa2c16f2
 def run_epoch(job: Job) -> dict[str, Any]:  # the scores of the epoch
     "Train one epoch and validate."
     stage, training, start = job.stage, job.training, time.perf_counter()
     job.train.epoch = training.epoch
-    loader = batches(job.train, epoch_order(len(job.train), stage.seed, training.epoch), stage.batch, stage.workers, drop_last=True)
+    loader = stage_batches(job.train, epoch_order(len(job.train), stage.seed, training.epoch), stage.batch, stage, drop_last=True)
     scores = train_epoch(training, loader, job.pre, nn.CrossEntropyLoss(label_smoothing=stage.label_smoothing), progress(job, len(loader)))
-    workers = stage.workers if len(job.val) > 256 else 0  # starting processes takes longer than reading a few photos
-    logits, labels, _, skipped = predict(training.model, batches(job.val, range(len(job.val)), stage.batch * 2, workers), job.pre, training.device)
+    logits, labels, _, skipped = predict(training.model, stage_batches(job.val, range(len(job.val)), stage.batch * 2, stage), job.pre, training.device)
     note_skipped(job, job.val, skipped)
     val = {f"val_{k}": round(v, 5) for k, v in score(logits, labels).items()}
     return {"epoch": training.epoch, "lr": training.optimizer.param_groups[0]["lr"], "train_loss": round(scores["train_loss"], 5), **val,
@@ -626,13 +655,13 @@ def plot_detector(run: Path) -> Figure | None:
     title = f"detector: best mAP50-95 {table.val_map50_95.max():.3f} at epoch {table.val_map50_95.idxmax()}"
     return plot_curves(table, {"detector: losses": ["train_box_loss", "train_cls_loss", "train_dfl_loss"], title: ["val_map50", "val_map50_95"], "detector: learning rate": ["train_lr"]})
 
-# %% ../nbs/04_train.ipynb #f17cd48e
+# %% ../nbs/04_train.ipynb #41cf84ae
 def show_batch(run: Path, pills: int = 16) -> Figure | None:
     "Show pills as the classifier sees them in training."
     opened = open_folder(run)
     if opened.stage.strategy == "detector":
         return None
-    train = training_set(opened)
+    train, _ = make_datasets(opened)
     seen = [(train[int(r)][0], train.pills.k_code[r]) for r in epoch_order(len(train), train.seed, 0)[:pills]]
     shown = [(crop, name) for crop, name in seen if crop is not None]
     return image_grid([crop for crop, _ in shown], [name for _, name in shown], 8, side=1.2)
@@ -673,11 +702,11 @@ def summarise_run(run: Path) -> pd.DataFrame:
              "commit": record["git"]["commit"][:10] + (" + changes" if record["git"]["dirty"] else "")}
     return pd.Series(rows, name="value").to_frame()
 
-# %% ../nbs/04_train.ipynb #37484daa
+# %% ../nbs/04_train.ipynb #d993c42a
 COMPARED = ("classifier_steps", "val_top1", "test_top1", "tray_pill_top1", "new_ground_top1", "detector_steps", "val_map50", "det_map50", "tray_exact", "train_hours")
 
 
-SILENT = ("name", "gates", "hours", "workers", "tensorboard")  # fields that change no weight
+SILENT = ("name", "gates", "hours", "loader", "workers", "prefetch", "pin", "tensorboard")  # fields that change no weight
 
 
 def compare_runs(settings: Settings, key: str, most: int = 6) -> pd.DataFrame | None:  # index: run, newest last; None with fewer than two

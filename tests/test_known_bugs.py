@@ -18,7 +18,7 @@ from PIL import Image
 from pillsnap.aihub import pill_source, read_photo
 from pillsnap.classifier import build_classifier, load_classifier, save_classifier
 from pillsnap.core import PillSnapError, STAGES, get_stage, read_events
-from pillsnap.data import PillDataset, make_augmentation
+from pillsnap.data import Photos, PillDataset, make_augmentation
 from pillsnap.drugs import registry_row, split_edi
 from pillsnap import evaluate
 from pillsnap.files import Source
@@ -198,8 +198,8 @@ class TestPixels:
         (tmp_path / rows.image[0]).write_bytes((tree / rows.image[0]).read_bytes()[:2000])
         pre = Preprocess(32, 0.1)
         with pytest.raises(PillSnapError, match=Path(rows.image[0]).name):
-            PillDataset(rows, [tmp_path], pre)[0]
-        assert PillDataset(rows, [tmp_path], pre, skip_unreadable=True)[0][0] is None
+            PillDataset(rows, Photos(rows, [tmp_path]), pre)[0]
+        assert PillDataset(rows, Photos(rows, [tmp_path]), pre, skip_unreadable=True)[0][0] is None
 
     @pytest.mark.parametrize("strength", [0.5, 1.0, 2.0])
     def test_imprints_are_never_mirrored(self, strength):
