@@ -65,7 +65,7 @@ def find_good_mask(
     mask, reason = find_judged(*cut_room(photo, box), shape)
     return None if reason else mask
 
-# %% ../nbs/03ba_backgrounds.ipynb #05ff0559
+# %% ../nbs/03ba_backgrounds.ipynb #665baaf8
 def mask_row(pictures: Photos | Cache, row: int, shape: str) -> tuple[np.ndarray, tuple[int, int]]:  # packed mask, its height and width
     "Find the mask of one pill, if its picture can be read."
     packed = np.zeros((SEARCH, SEARCH // 8), np.uint8)
@@ -85,7 +85,7 @@ def find_masks(pills: pd.DataFrame, pictures: Photos | Cache, shapes: Mapping[st
     "Find the masks of all pills that lie alone in a studio photo, in threads."
     bits, sides = np.zeros((len(pills), SEARCH, SEARCH // 8), np.uint8), np.zeros((len(pills), 2), np.int32)
     singles, codes = np.flatnonzero(pills.kind == "single"), pills.k_code.to_numpy()
-    with show_work("finding masks", len(singles)) as advance, ThreadPoolExecutor(count_workers(workers)) as pool:
+    with show_work("finding masks", len(singles)) as advance, ThreadPoolExecutor(max(1, count_workers(workers))) as pool:
         for row, found in zip(singles, pool.map(lambda row: mask_row(pictures, row, shapes.get(codes[row], "")), singles)):
             bits[row], sides[row] = found
             advance(1)

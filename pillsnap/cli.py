@@ -6,9 +6,9 @@
 __all__ = ['NOTEBOOKS', 'app', 'StageOption', 'DataOption', 'OverridesOption', 'notebook_parameters', 'choose_notebook',
            'check_request', 'show_progress', 'show_event', 'forward_signals', 'training_pid', 'launched_since',
            'execute', 'report_run', 'publish', 'absolute_paths', 'read_ahead', 'run_notebook', 'run', 'synth', 'index',
-           'show_index', 'save_problems', 'report', 'main']
+           'show_index', 'save_problems', 'doctor', 'show_diagnosis', 'lay_table', 'report', 'main']
 
-# %% ../nbs/10_cli.ipynb #18c1a02f
+# %% ../nbs/10_cli.ipynb #9ee07722
 import ast
 import os
 import signal
@@ -23,7 +23,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .core import (PillSnapError, Settings, Stage, atomic_path, data_roots, epoch_line, find_run, get_stage, list_runs, load_settings, open_roots, read_events, read_json, read_metrics,
+from .core import (Parameters, PillSnapError, Settings, Stage, atomic_path, data_roots, epoch_line, find_run, get_stage, list_runs, load_settings, open_roots, read_events, read_json, read_metrics,
                            stale_modules, suggest, tail_events, write_json)
 
 # %% ../nbs/10_cli.ipynb #110b4135
@@ -81,12 +81,12 @@ def show_progress(find: Callable[[], Path | None], done: threading.Event) -> Non
                 return
             time.sleep(0.3)
 
-# %% ../nbs/10_cli.ipynb #c472cb31
+# %% ../nbs/10_cli.ipynb #6bbdc31f
 def show_event(event: dict[str, Any], bar: Any, task: Any, done: dict[str, float]) -> None:  # done: epochs finished and expected, changed in place
     "Show one event: move the bar, or print a line."
     name, model = event["event"], "detector" if event["event"].startswith("detector_") else "classifier"
     if name == "preparing":
-        bar.update(task, description="preparing data: masks, cut-outs, trays")
+        bar.update(task, description=event.get("what", "preparing data: masks, cut-outs, trays"), **{k: event[v] for k, v in (("completed", "done"), ("total", "total")) if v in event})
     elif name == "start":
         done |= {"classifier": event["from_epoch"], "detector": 0, "classifier_epochs": event["epochs"], "detector_epochs": event["detector_epochs"]}
     elif name == "detector_start":
@@ -329,6 +329,52 @@ def save_problems(wrong: Any, path: Path) -> None:
     with atomic_path(path) as part:
         wrong.assign(remedy=wrong.what.map(REMEDIES | REGISTRY_REMEDIES)).to_csv(part, index=False)
     print(f"{int(wrong['count'].sum())} problems in {path}")
+
+# %% ../nbs/10_cli.ipynb #ca89ede7
+@app.command()
+def doctor(
+    stage: StageOption = "0",
+    data_root: DataOption = "",
+    overrides: OverridesOption = "",
+) -> None:
+    """Say what limits this machine for a stage, what is missing on it, and how long and large the stage will be.
+
+    Examples: `pillsnap doctor --stage 3` · `pillsnap doctor --stage 1 --overrides "cache=jpeg workers=4"`
+    """
+    from pillsnap.doctor import examine
+
+    settings, resolved = load_settings(), get_stage(stage, overrides)
+    roots = open_roots(data_root or ("" if stage == "0" else settings.data_root))
+    show_diagnosis(examine(Parameters(resolved, roots, settings, {})), resolved)
+
+
+def show_diagnosis(found: Any, stage: Stage) -> None:
+    "Print what the doctor found: the limits first."
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    console.print(f"[bold]{stage.key}[/bold], measured on {found.sample}, in {found.seconds:.0f} s\n", soft_wrap=True)
+    for what, limit in (("An epoch", found.limit), ("Building the cache", found.once)):
+        if limit:
+            console.print(f"[bold]{what} is limited by {limit.link}[/bold]: {limit.rate:,.0f} images a second, {limit.next:,.0f} without that\n  {limit.why}\n  [green]try[/green] {limit.remedy}\n", soft_wrap=True)
+    console.print(f"Kept of the pills: {found.kind} ({found.why})\n", soft_wrap=True)
+    console.print(lay_table(["link", "images a second", ""], [(name, "–" if row.images_per_s == float("inf") else f"{row.images_per_s:,.0f}", row.note) for name, row in found.rates.iterrows()]))
+    console.print(lay_table(["this stage takes about", "hours", "GB"], [(name, f"{row.hours:,.2f}", f"{row.GB:,.1f}") for name, row in found.outlook.iterrows()]))
+    for finding in found.findings:
+        console.print(f"{'[yellow]![/yellow]' if finding.remedy else '[green]✓[/green]'} {finding.topic}: {finding.said}" + (f"\n  [green]try[/green] {finding.remedy}" if finding.remedy else ""), soft_wrap=True)
+
+
+def lay_table(names: list[str], rows: list[tuple[str, ...]]) -> Any:
+    "Lay out a table: the second column and those with figures to the right."
+    from rich.table import Table
+
+    table = Table(*names, box=None, pad_edge=False, header_style="bold")
+    for column, name in zip(table.columns, names):
+        column.no_wrap = True
+        column.justify = "left" if column is table.columns[0] or not name else "right"
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 # %% ../nbs/10_cli.ipynb #f4816c42
 @app.command()

@@ -6,12 +6,12 @@
 __all__ = ['FROZEN', 'V2_S', 'V2_L', 'GPU', 'STAGES', 'AT_MOST', 'FULLEST', 'PillSnapError', 'suggest', 'number', 'choice',
            'SampleFields', 'ClassifierFields', 'DetectorFields', 'Stage', 'stage_table', 'field_table',
            'parse_overrides', 'split_words', 'parse_gates', 'get_stage', 'find_project', 'Settings', 'load_settings',
-           'open_roots', 'data_roots', 'disk_errors', 'check_space', 'sync_folder', 'sync_file', 'atomic_path',
-           'write_json', 'read_json', 'atomic_folder', 'show_work', 'show_line', 'display_text', 'content_hash', 'lock',
-           'new_run', 'git_state', 'installed_versions', 'describe_run', 'append_event', 'parse_event', 'read_events',
-           'tail_events', 'epoch_line', 'run_state', 'list_runs', 'find_run', 'write_metrics', 'read_metrics',
-           'injected_names', 'exported_source', 'stale_modules', 'Parameters', 'read_parameters', 'pick_device',
-           'count_workers']
+           'open_roots', 'data_roots', 'disk_errors', 'check_space', 'disk_room', 'sync_folder', 'sync_file',
+           'atomic_path', 'write_json', 'read_json', 'atomic_folder', 'show_work', 'show_line', 'display_text',
+           'content_hash', 'lock', 'new_run', 'git_state', 'installed_versions', 'describe_run', 'append_event',
+           'parse_event', 'read_events', 'tail_events', 'epoch_line', 'run_state', 'list_runs', 'find_run',
+           'write_metrics', 'read_metrics', 'injected_names', 'exported_source', 'stale_modules', 'Parameters',
+           'read_parameters', 'pick_device', 'count_workers']
 
 # %% ../nbs/00_core.ipynb #ee95ef21
 import ast
@@ -318,7 +318,7 @@ def data_roots(
         raise PillSnapError(f"stage {stage.stage} needs data: set PILLSNAP_DATA_ROOT in .env, or give data_root (--data-root FOLDER)")
     return open_roots(text)
 
-# %% ../nbs/00_core.ipynb #e247edf0
+# %% ../nbs/00_core.ipynb #7430d52e
 @contextmanager
 def disk_errors(
     path: Path,  # what is being written
@@ -341,10 +341,16 @@ def check_space(
     what: str,  # "the cache of stage_3"
 ) -> None:
     "Raise PillSnapError if writing so much would fill the disk past 85 %."
-    disk = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists()))
-    room = min(int(FULLEST * disk.total) - disk.used, disk.free)
+    room, _ = disk_room(folder)
     if need > room:
         raise PillSnapError(f"{what} needs {need / 1e9:,.2f} GB and {folder} has {max(0, room) / 1e9:,.2f} GB left up to {FULLEST:.0%} of its disk: free space, or set PILLSNAP_WORK to another disk")
+
+
+def disk_room(folder: Path) -> tuple[int, float]:  # bytes that may still be written; share of the disk that is used, as `df` has it
+    "Say how much room a folder's disk has up to 85 %; the folder need not exist yet."
+    disk = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists()))
+    whole = disk.used + disk.free  # what is reserved for the system is neither
+    return int(FULLEST * whole) - disk.used, disk.used / whole
 
 
 def sync_folder(folder: Path) -> None:

@@ -246,7 +246,7 @@ class Cache:
             raise PillSnapError(f"{shard_folder(self.folder, fact['shard'])} is damaged: remove that folder and resume, it is built again")
         return decode(data, int(fact["side"]), self.cut), fact["box"]
 
-# %% ../nbs/03a_data.ipynb #c05f181f
+# %% ../nbs/03a_data.ipynb #7d96d6c3
 def open_cache(folder: Path, cut: CacheCut) -> Cache:
     "Open a finished cache."
     facts, about = np.load(folder / "facts.npy"), read_json(folder / "cache.json")
@@ -263,7 +263,7 @@ def find_damage(cache: Cache, workers: int) -> set[int]:  # shards
     "Check every pixel of a cache against its checksums."
     def wrong(row: int) -> bool:
         return bool(cache.facts[row]["bytes"]) and zlib.crc32(cache.data(row)) != cache.facts[row]["crc"]
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(max(1, workers)) as pool:
         return {int(cache.facts[row]["shard"]) for row, bad in enumerate(pool.map(wrong, range(len(cache)), chunksize=64)) if bad}
 
 # %% ../nbs/03a_data.ipynb #a99adc93
