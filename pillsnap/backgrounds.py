@@ -7,8 +7,8 @@ __all__ = ['MASK_FORMAT', 'HELD_GROUND', 'GROUND_PX', 'GROUND_VARIANTS', 'Masks'
            'ensure_masks', 'load_masks', 'draw_kinds', 'stock_grounds', 'held_grounds', 'take_patch', 'cut_with_mask',
            'cast_soft_shadow', 'lay_crop', 'Relay', 'show_relaid']
 
-# %% ../nbs/03ba_backgrounds.ipynb #a87aacad
-from collections.abc import Mapping, Sequence
+# %% ../nbs/03ba_backgrounds.ipynb #009d611d
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -65,7 +65,7 @@ def find_good_mask(
     mask, reason = find_judged(*cut_room(photo, box), shape)
     return None if reason else mask
 
-# %% ../nbs/03ba_backgrounds.ipynb #665baaf8
+# %% ../nbs/03ba_backgrounds.ipynb #32f49728
 def mask_row(pictures: Photos | Cache, row: int, shape: str) -> tuple[np.ndarray, tuple[int, int]]:  # packed mask, its height and width
     "Find the mask of one pill, if its picture can be read."
     packed = np.zeros((SEARCH, SEARCH // 8), np.uint8)
@@ -81,29 +81,30 @@ def mask_row(pictures: Photos | Cache, row: int, shape: str) -> tuple[np.ndarray
     return np.packbits(full, axis=1), mask.shape
 
 
-def find_masks(pills: pd.DataFrame, pictures: Photos | Cache, shapes: Mapping[str, str], workers: int = -1) -> Masks:
+def find_masks(pills: pd.DataFrame, pictures: Photos | Cache, shapes: Mapping[str, str], show: Callable[[str, int], Any] = show_work) -> Masks:
     "Find the masks of all pills that lie alone in a studio photo, in threads."
     bits, sides = np.zeros((len(pills), SEARCH, SEARCH // 8), np.uint8), np.zeros((len(pills), 2), np.int32)
     singles, codes = np.flatnonzero(pills.kind == "single"), pills.k_code.to_numpy()
-    with show_work("finding masks", len(singles)) as advance, ThreadPoolExecutor(max(1, count_workers(workers))) as pool:
+    with show("finding masks", len(singles)) as advance, ThreadPoolExecutor(count_workers()) as pool:
         for row, found in zip(singles, pool.map(lambda row: mask_row(pictures, row, shapes.get(codes[row], "")), singles)):
             bits[row], sides[row] = found
             advance(1)
     return Masks(bits, sides)
 
-# %% ../nbs/03ba_backgrounds.ipynb #95deedd4
+# %% ../nbs/03ba_backgrounds.ipynb #c908106d
 def ensure_masks(
     pills: pd.DataFrame,  # rows of a manifest
     pictures: Photos | Cache,  # of the same pills
     drugs: pd.DataFrame,  # index K-code, column shape
     folder: Path,  # masks lie below it
+    show: Callable[[str, int], Any] = show_work,  # shows progress: what, units of work
 ) -> Masks:
     "Return the masks of a table of pills, finding them if they are not there, whole or not at all."
     shapes = drugs["shape"].dropna().astype(str).to_dict()
     rows = pills[["photo", "ending", "k_code", "kind", "x", "y", "w", "h"]].astype(str).to_csv(index=False)
     key = content_hash(rows, sorted(shapes.items()), asdict(Limits()), pictures.key, SEARCH, MASK_FORMAT)
     if not (folder / key).exists():
-        found = find_masks(pills, pictures, shapes)
+        found = find_masks(pills, pictures, shapes, show)
         with atomic_folder(folder / key) as part:
             np.save(part / "bits.npy", found.bits)
             np.save(part / "sides.npy", found.sides)
@@ -156,7 +157,7 @@ def take_patch(stock: Mapping[str, Sequence[np.ndarray]], size: int, rng: np.ran
     part = cv2.resize(part, (size, size), interpolation=cv2.INTER_AREA if side > size else cv2.INTER_LINEAR)
     return np.ascontiguousarray(np.rot90(part, rng.integers(4)))
 
-# %% ../nbs/03ba_backgrounds.ipynb #91005409
+# %% ../nbs/03ba_backgrounds.ipynb #4c448808
 def cut_with_mask(
     photo: np.ndarray,  # (h, w, 3) uint8
     box: Box,
@@ -170,7 +171,7 @@ def cut_with_mask(
     alpha = np.round(soften(mask, window.shape[:2]) * 255).astype(np.uint8)
     rgba = cut_square(np.dstack([window, alpha]), inner, margin, size, shift, fast=True)
     alpha = rgba[..., 3].astype(np.float32) / 255
-    return clean_edge(np.ascontiguousarray(rgba[..., :3]), alpha), alpha
+    return clean_edge(np.ascontiguousarray(rgba[..., :3]), alpha, beyond=False), alpha
 
 # %% ../nbs/03ba_backgrounds.ipynb #1a3e74e5
 def cast_soft_shadow(alpha: np.ndarray, rng: np.random.Generator) -> np.ndarray:  # (s, s) float32, factor of the ground's brightness

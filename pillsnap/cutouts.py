@@ -173,7 +173,7 @@ def judge_mask(mask: np.ndarray, box: Box, second: float, holes: float, shape: s
         "box": off > max(1.5, limits.box * max(box[2:]))}
     return next((reason for reason, failed in fails.items() if failed), "")
 
-# %% ../nbs/03aa_cutouts.ipynb #9d233d44
+# %% ../nbs/03aa_cutouts.ipynb #de970476
 @dataclass(frozen=True)
 class Cutout:
     "A pill cut out of a photo with room around it."
@@ -191,15 +191,19 @@ def soften(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:  # float32
     return np.clip((large - 0.5) * 1.4 * k + 0.5, 0, 1)
 
 
-def clean_edge(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    "Give the pixels along the edge, and all outside, the colour of the nearest pixel well inside."
+def clean_edge(rgb: np.ndarray, alpha: np.ndarray, beyond: bool = True) -> np.ndarray:
+    "Give the pixels along the edge, and with `beyond` all outside, the colour of the nearest pixel well inside."
     core = cv2.erode((alpha > 0.98).astype(np.uint8), np.ones((3, 3), np.uint8), iterations=max(1, round(max(alpha.shape) / 150)))
     if not core.any():
         return rgb
     _, nearest = cv2.distanceTransformWithLabels(1 - core, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)
-    inside, colours = core > 0, np.zeros((nearest.max() + 1, 3), np.uint8)
-    colours[nearest[inside]] = rgb[inside]
-    return np.where(inside[..., None], rgb, colours[nearest])
+    places = np.flatnonzero(core)
+    source = np.zeros(nearest.max() + 1, np.intp)
+    source[nearest.ravel()[places]] = places
+    mend = np.flatnonzero(core == 0 if beyond else (core == 0) & (alpha > 0))
+    cleaned, flat = rgb.copy(), rgb.reshape(-1, 3)
+    cleaned.reshape(-1, 3)[mend] = flat[source[nearest.ravel()[mend]]]
+    return cleaned
 
 # %% ../nbs/03aa_cutouts.ipynb #61855ec6
 def find_judged(window: np.ndarray, box: Box, shape: str, limits: Limits = Limits()) -> tuple[np.ndarray, str]:  # filled mask, the window's longer side at most SEARCH px; key of REASONS

@@ -1,8 +1,8 @@
-"""What do other grounds bring the classifier, and composed trays the detector? Stage 0, every arm with the same steps, several seeds, in one run.
+"""What do other grounds bring the classifier, and composed trays the detector? What does the cache cost? Stage 0, every arm with the same steps, several seeds, in one run.
 
-    .venv/bin/python tests/benchmark_ablation.py grounds|trays [--seeds 3]
+    .venv/bin/python tests/benchmark_ablation.py grounds|trays|cache [--seeds 3]
 
-`grounds`: the share of training crops laid on another ground. `trays`: composed trays for every real one. Prints a table in Markdown with means over the
+`grounds`: the share of training crops laid on another ground. `trays`: composed trays for every real one. `cache`: pills read from their PNG in every epoch, from the pixels kept of them, from JPEG. Prints a table in Markdown with means over the
 seeds, the least and the most. Results are kept in work/ablation; a run that is stopped goes on there.
 """
 import argparse
@@ -23,8 +23,10 @@ from pillsnap.train import fit, prepare_run
 
 GROUNDS = {"as photographed": "backgrounds=0", "half on another ground": "backgrounds=0.5"}
 TRAYS = {"real trays only": 0, "1 composed for each real": 1, "3 for each": 3, "10 for each": 10}
+CACHES = {"PNG, decoded in every epoch": "cache=off", "pixels": "cache=raw", "JPEG": "cache=jpeg"}
 STEPS = 216  # of the detector's batches, in every arm of `trays`
-SHOWN = {"grounds": ["test_top1", "tray_pill_top1", "new_ground_top1", "background_only_top1"], "trays": ["det_map50", "det_map50_95", "det_recall"]}
+SHOWN = {"grounds": ["test_top1", "tray_pill_top1", "new_ground_top1", "background_only_top1"], "trays": ["det_map50", "det_map50_95", "det_recall"],
+         "cache": ["val_top1", "test_top1", "tray_pill_top1", "train_images_per_s"]}
 
 
 def open_plan(overrides: str) -> Parameters:
@@ -45,10 +47,10 @@ def train_once(overrides: str) -> tuple[Path, Parameters]:
     return run, plan
 
 
-def measure_grounds(name: str, seed: int) -> dict[str, float]:
+def measure_classifier(name: str, fields: str, seed: int) -> dict[str, float]:
     "Train and evaluate one arm of the classifier."
-    run, plan = train_once(f"name=grounds strategy=classifier tensorboard=false seed={seed} {GROUNDS[name]}")
-    return read_metrics(run) if "test_top1" in read_metrics(run) else evaluate_run(run, plan).metrics
+    run, plan = train_once(f"name={name} strategy=classifier tensorboard=false seed={seed} {fields}")
+    return read_metrics(run) if "test_top1" in read_metrics(run) else read_metrics(run) | evaluate_run(run, plan).metrics
 
 
 def measure_trays(name: str, seed: int) -> dict[str, float]:
@@ -68,7 +70,8 @@ def main() -> None:
     words.add_argument("what", choices=SHOWN)
     words.add_argument("--seeds", type=int, default=3)
     asked = words.parse_args()
-    arms, measure = (GROUNDS, measure_grounds) if asked.what == "grounds" else (TRAYS, measure_trays)
+    arms, measure = {"grounds": (GROUNDS, lambda name, seed: measure_classifier("grounds", GROUNDS[name], seed)), "trays": (TRAYS, measure_trays),
+                     "cache": (CACHES, lambda name, seed: measure_classifier("cache", CACHES[name], seed))}[asked.what]
     rows = [{"arm": name, **{k: measured[k] for k in SHOWN[asked.what]}} for name in arms for seed in range(asked.seeds) for measured in [measure(name, seed)]]
     table = pd.DataFrame(rows).groupby("arm", sort=False).agg(lambda v: f"{v.mean():.3f} ({v.min():.3f} to {v.max():.3f})")
     for row in [["", *table.columns], ["---"] * (len(table.columns) + 1), *table.reset_index().to_numpy().tolist()]:
