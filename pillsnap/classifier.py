@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_tag', 'read_weights', 'build_classifier', 'model_preprocess', 'to_input', 'predict', 'softmax', 'score',
-           'predict_crops', 'save_classifier', 'load_classifier']
+           'predict_crops', 'save_classifier', 'load_classifier', 'start_from']
 
 # %% ../nbs/03c_classifier.ipynb #ae36aa8f
 import json
@@ -163,3 +163,25 @@ def load_classifier(
     model = timm.create_model(meta["model"], num_classes=len(meta["classes"]))
     model.load_state_dict(load_file(path))
     return model.to(device).eval(), meta | {"pre": pre}
+
+# %% ../nbs/03c_classifier.ipynb #3de62112
+def start_from(
+    model: nn.Module,
+    path: Path,  # a run's folder or a classifier's file
+    classes: list[str],  # of the new model
+) -> int:  # drugs whose row of the head was taken over
+    "Take over the weights of a classifier trained before; raises PillSnapError if it is another model."
+    path = path / "best.safetensors" if path.is_dir() else path
+    old, meta = load_classifier(path)
+    if meta["model"] != model.pretrained_cfg["architecture"] and meta["model"].partition(".")[0] != model.pretrained_cfg["architecture"]:
+        raise PillSnapError(f"start_from={path} is a {meta['model']}, the stage trains a {model.pretrained_cfg['architecture']}: give a run of the same model")
+    state, mine, head = old.state_dict(), model.state_dict(), model.pretrained_cfg["classifier"]
+    place = {code: i for i, code in enumerate(meta["classes"])}
+    shared = [(new, place[code]) for new, code in enumerate(classes) if code in place]
+    for name in (f"{head}.weight", f"{head}.bias"):
+        rows = mine[name].clone()
+        for new, before in shared:
+            rows[new] = state[name][before]
+        state[name] = rows
+    model.load_state_dict(state)
+    return len(shared)

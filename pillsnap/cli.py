@@ -81,7 +81,7 @@ def show_progress(find: Callable[[], Path | None], done: threading.Event) -> Non
                 return
             time.sleep(0.3)
 
-# %% ../nbs/10_cli.ipynb #6bbdc31f
+# %% ../nbs/10_cli.ipynb #0906fa08
 def show_event(event: dict[str, Any], bar: Any, task: Any, done: dict[str, float]) -> None:  # done: epochs finished and expected, changed in place
     "Show one event: move the bar, or print a line."
     name, model = event["event"], "detector" if event["event"].startswith("detector_") else "classifier"
@@ -97,7 +97,7 @@ def show_event(event: dict[str, Any], bar: Any, task: Any, done: dict[str, float
     elif name in ("epoch", "detector_epoch"):
         done[model] = event["epoch"]
         bar.console.print(epoch_line(event, int(done[f"{model}_epochs"])), highlight=False, soft_wrap=True)
-    elif name in ("skipped", "failed", "stopped"):
+    elif name in ("skipped", "failed", "stopped", "note"):
         bar.console.print(f"{name}: {event.get('file') or event.get('error') or event.get('message')}", highlight=False, style="red", soft_wrap=True)
     if done:
         bar.update(task, total=done["classifier_epochs"] + done["detector_epochs"], completed=done["classifier"] + done["detector"])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FROZEN', 'V2_S', 'V2_L', 'GPU', 'STAGES', 'AT_MOST', 'FULLEST', 'PillSnapError', 'suggest', 'number', 'choice',
-           'SampleFields', 'ClassifierFields', 'DetectorFields', 'Stage', 'stage_table', 'field_table',
+           'SampleFields', 'ClassifierFields', 'MethodFields', 'DetectorFields', 'Stage', 'stage_table', 'field_table',
            'parse_overrides', 'split_words', 'parse_gates', 'get_stage', 'find_project', 'Settings', 'load_settings',
            'open_roots', 'data_roots', 'disk_errors', 'check_space', 'disk_room', 'sync_folder', 'sync_file',
            'atomic_path', 'write_json', 'read_json', 'atomic_folder', 'show_work', 'show_line', 'display_text',
@@ -123,9 +123,29 @@ class ClassifierFields(SampleFields):
     label_smoothing: float = number(0.05, "", 0, 0.5, "mass spread over the other classes")
     augment: float = number(1.0, "", 0, 2, "strength of the augmentation, of the detector's too; 0 switches it off")
 
-# %% ../nbs/00_core.ipynb #a16acd43
+# %% ../nbs/00_core.ipynb #030a2cf9
 @dataclass(**FROZEN)
-class DetectorFields(ClassifierFields):
+class MethodFields(ClassifierFields):
+    "Methods of the classifier's training, each off unless a row says otherwise."
+    resize: Literal["none", "linear", "exponential", "cosine", "step"] = choice("none", "how the input grows over the epochs, from `size_from` to `size`; augmentation and batch follow")
+    size_from: int = number(96, "px", 32, 1024, "resize: side of the input in the first epoch")
+    accumulate: int = number(1, "parts", 1, 1024, "parts in which a batch goes through the network, their gradients added up")
+    clip: float = number(0, "", 0, 1e6, "largest norm of the gradient; 0: no limit")
+    ema: float = number(0, "pills", 0, 1e9, "the averaged weights forget half in so many pills; 0: no average")
+    mixup: float = number(0, "alpha", 0, 10, "blend pictures and labels; 0: off")
+    cutmix: float = number(0, "alpha", 0, 10, "lay pieces of other pictures in; 0: off")
+    erase: float = number(0, "fraction", 0, 1, "share of the pictures of which a piece is erased")
+    balance: Literal["none", "loss", "sampler"] = choice("none", "drugs with few photos: weigh their loss, or draw them more often")
+    freeze_bn: int = number(0, "pills", 0, 4096, "batch-norm statistics stay as they are where fewer pills go through the network at once")
+    compile: bool = choice(False, "torch.compile; where that fails the training goes on without, and says so")
+    start_from: str = choice("", "a run's folder or a classifier's file to start from; heads are matched by K-code")
+    checkpoint_minutes: float = number(10, "minutes", 0.001, 1000, "a checkpoint at least so often, besides one after each epoch")
+    cap: float = number(0, "hours", 0, 1000, "end the classifier's training after so long, with its best weights and a report; 0: never")
+    keep_top: int = number(1, "epochs", 1, 100, "keep the weights of so many best epochs")
+
+# %% ../nbs/00_core.ipynb #fad9c85f
+@dataclass(**FROZEN)
+class DetectorFields(MethodFields):
     "How the detector is trained."
     detector: str = choice("yolo11n", "ultralytics model")
     detector_weights: str = choice("", "local file to start the detector from; empty: from scratch")

@@ -449,10 +449,11 @@ class PillDataset(Dataset):
         other.transform = make_augmentation(self.augment) if self.transform else None
         return other
 
-# %% ../nbs/03a_data.ipynb #ea0b9711
-def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:  # (n,) a permutation
-    "Shuffle the rows of one epoch."
-    return np.random.default_rng([seed, epoch]).permutation(n)
+# %% ../nbs/03a_data.ipynb #f83188cb
+def epoch_order(n: int, seed: int, epoch: int, chances: np.ndarray | None = None) -> np.ndarray:  # (n,) a permutation; with chances (n,), rows drawn by them
+    "Shuffle the rows of one epoch, or draw as many."
+    rng = np.random.default_rng([seed, epoch])
+    return rng.permutation(n) if chances is None else rng.choice(n, n, p=chances)
 
 
 Batch = tuple[torch.Tensor, torch.Tensor, list[int], list[int]]  # crops (b, s, s, 3) uint8, labels (b,), rows, rows skipped
@@ -465,7 +466,7 @@ def load_batch(dataset: PillDataset, rows: Sequence[int]) -> Batch:
     crops = torch.from_numpy(np.stack([s[0] for s in good])) if good else torch.empty(0)
     return crops, torch.tensor([s[1] for s in good], dtype=torch.long), [s[2] for s in good], [s[2] for s in samples if s[0] is None]
 
-# %% ../nbs/03a_data.ipynb #ce73f896
+# %% ../nbs/03a_data.ipynb #7f4dc225
 @dataclass
 class Batches:
     "Batches of an epoch, in their order; each loop over it loads them anew."
@@ -478,6 +479,10 @@ class Batches:
 
     def __len__(self) -> int:
         return len(self.chunks)
+
+    def skip(self, done: int) -> "Batches":
+        "Leave out the batches of an epoch that were done before."
+        return replace(self, chunks=self.chunks[done:])
 
     def __iter__(self) -> Iterator[Batch]:
         if not self.workers:

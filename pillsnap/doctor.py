@@ -185,7 +185,7 @@ def wait_for(device: str) -> None:
     elif device == "mps":
         torch.mps.synchronize()
 
-# %% ../nbs/04b_doctor.ipynb #4c98c6bc
+# %% ../nbs/04b_doctor.ipynb #d5a3fb42
 @dataclass(frozen=True)
 class Computing:
     "How fast the device trains."
@@ -197,7 +197,7 @@ class Computing:
 
 def rate_computing(stage: Stage, classes: int, device: str, seconds: float = 3.0) -> Computing:
     "Time training steps on data that lie on the device."
-    training = start_training(build_classifier(replace(stage, pretrained=False, weights=""), classes), stage, 1000, device)
+    training = start_training(build_classifier(replace(stage, pretrained=False, weights=""), classes), stage, 1000 * stage.batch, device, classes)
     training.model.train()
     rate, batch = step_rate(training, stage, 2, 0), min(2, stage.batch)
     rate = step_rate(training, stage, batch, 0) if batch / rate < 2 * seconds else rate  # the first step prepares much

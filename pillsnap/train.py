@@ -6,14 +6,14 @@
 __all__ = ['PATCHES', 'Write', 'KEPT', 'COMPARED', 'SILENT', 'prepare_run', 'write_inputs', 'list_empty', 'as_command', 'fits',
            'resumable', 'list_incomplete', 'is_incomplete', 'classifier_pills', 'RunFolder', 'open_folder',
            'keep_pills', 'tell_progress', 'make_datasets', 'make_relay', 'held_out_drugs', 'compose_trays',
-           'gather_photos', 'write_detector_set', 'Job', 'make_job', 'run_epoch', 'progress', 'note_skipped',
-           'standard_error', 'keep', 'tensorboard', 'train_classifier', 'train_pill_detector', 'check_both_fit',
-           'train_by_turns', 'fit', 'describe_job', 'training_metrics', 'detector_metrics', 'Stop', 'main', 'Launched',
-           'launch', 'follow', 'train_stage', 'training_lock', 'train_now', 'live_line', 'ensure_run', 'epoch_table',
-           'plot_training', 'plot_detector', 'show_batch', 'show_detector_photos', 'read_boxes', 'summarise_run',
-           'describe_kept', 'compare_runs']
+           'gather_photos', 'write_detector_set', 'Job', 'make_job', 'run_epoch', 'Watch', 'note_skipped',
+           'standard_error', 'keep', 'keep_among_top', 'tensorboard', 'train_classifier', 'train_pill_detector',
+           'check_both_fit', 'train_by_turns', 'fit', 'describe_job', 'training_metrics', 'detector_metrics', 'Stop',
+           'main', 'Launched', 'launch', 'follow', 'train_stage', 'training_lock', 'train_now', 'live_line',
+           'ensure_run', 'epoch_table', 'plot_training', 'plot_detector', 'show_batch', 'show_detector_photos',
+           'read_boxes', 'summarise_run', 'describe_kept', 'compare_runs']
 
-# %% ../nbs/04_train.ipynb #feaa7005
+# %% ../nbs/04_train.ipynb #fd4e5ffb
 import contextlib
 import math
 import os
@@ -35,22 +35,22 @@ import pandas as pd
 import torch
 from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
-from torch import nn
 
 from .aihub import read_photo
 from .backgrounds import Relay, ensure_masks, stock_grounds
-from .classifier import build_classifier, model_preprocess, predict, save_classifier, score
+from .classifier import build_classifier, model_preprocess, predict, save_classifier, score, start_from
 from .compose import ComposeSettings, make_composer, write_trays
 from .core import (STAGES, Parameters, PillSnapError, Settings, Stage, append_event, describe_run, epoch_line, find_run, list_runs, load_settings, lock, new_run, pick_device,
                            read_events, read_json, read_metrics, run_state, stale_modules, tail_events, write_json, write_metrics)
 from .cutouts import Bank, bank_of_manifest, leave_out, look_up_drugs
 from .data import Cache, CacheCut, Photos, PillDataset, batches, choose_kind, ensure_cache, epoch_order, plan_cut, stage_batches
 from .detector import build_network, detector_epochs, train_detector
-from .engine import Apart, Training, check_memory, estimate_memory, free_memory, load_checkpoint, pick_precision, save_checkpoint, start_training, train_epoch
+from .engine import Apart, Training, check_memory, clear_orphans, estimate_memory, free_memory, load_checkpoint, pick_precision, save_checkpoint, start_training, train_epoch
 from .grounds import collect_patches
 from .index import Index, ensure_index
 from .inspection import inspect
 from .manifest import Manifest, assign_splits, ensure_manifest, held_drugs, load_manifest, name_groups, save_manifest, tabulate_pills, unit_hash
+from .methods import batch_at, draw_chances, make_loss, size_at, strength_at
 from .preprocess import Preprocess
 from .trays import add_composed, detector_pills, find_empty, write_yolo_set
 from .viz import image_grid, plot_curves
@@ -280,7 +280,7 @@ def write_detector_set(opened: RunFolder) -> Path:  # the set, in the run's fold
     shutil.rmtree(composed, ignore_errors=True)  # the set has them
     return folder
 
-# %% ../nbs/04_train.ipynb #73aabbc7
+# %% ../nbs/04_train.ipynb #1ea60097
 @dataclass
 class Job:
     "One classifier training, ready to go."
@@ -291,6 +291,7 @@ class Job:
     train: PillDataset
     val: PillDataset
     training: Training
+    taken: int = 0  # drugs whose part of the head comes from another training
     skipped: set[str] = field(default_factory=set)  # unreadable photos
 
     @property
@@ -300,51 +301,83 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        "Say whether all epochs are done, or the last `patience` of them brought nothing better."
+        "Say whether all epochs are done, the last `patience` of them brought nothing better, or the time is over."
         done, best = self.training.epoch, self.training.best.get("epoch", 0)
-        return done >= self.stage.epochs or 0 < self.stage.patience <= done - best
+        return done >= self.stage.epochs or 0 < self.stage.patience <= done - best or self.over(self.training.seconds)
 
-# %% ../nbs/04_train.ipynb #df53b393
+    def over(self, seconds: float) -> bool:
+        "Say whether so much training time is more than the stage may take."
+        return 0 < 3600 * self.stage.cap <= seconds
+
+    def save(self) -> None:
+        "Write the checkpoint."
+        save_checkpoint(self.run / "last.pt", self.training, **self.identity)
+
+# %% ../nbs/04_train.ipynb #42141933
 def make_job(opened: RunFolder) -> Job:
     "Build data, model and training state, and go back to the last checkpoint if there is one; raises PillSnapError where a split is empty."
-    stage, manifest = opened.stage, opened.manifest
-    torch.manual_seed(stage.seed)
+    stage, manifest, device = opened.stage, opened.manifest, pick_device(opened.device)
     train, val = make_datasets(opened)
+    torch.manual_seed(stage.seed)  # here: the building of a cache draws random numbers, the opening of one does not
     model = build_classifier(stage, len(manifest.classes))
-    steps = len(batches(train, range(len(train)), stage.batch, drop_last=True))
-    job = Job(opened.run, stage, manifest, train.pre, train, val, start_training(model, stage, steps, pick_device(opened.device)))
+    taken = start_from(model, Path(stage.start_from), manifest.classes) if stage.start_from else 0
+    pills = sum(map(len, batches(train, range(len(train)), stage.batch, drop_last=True).chunks))
+    job = Job(opened.run, stage, manifest, train.pre, train, val, start_training(model, stage, pills, device, len(manifest.classes)), taken)
     if (opened.run / "last.pt").exists():
-        load_checkpoint(opened.run / "last.pt", job.training, **job.identity)
+        if wrong := load_checkpoint(opened.run / "last.pt", job.training, **job.identity):
+            append_event(opened.run, "note", message=f"{wrong}; going on from the one before it")
     return job
 
-# %% ../nbs/04_train.ipynb #fa2c16f2
+# %% ../nbs/04_train.ipynb #16db93e3
 def run_epoch(job: Job) -> dict[str, Any]:  # the scores of the epoch
-    "Train one epoch and validate."
-    stage, training, start = job.stage, job.training, time.perf_counter()
-    job.train.epoch = training.epoch
-    loader = stage_batches(job.train, epoch_order(len(job.train), stage.seed, training.epoch), stage.batch, stage, drop_last=True)
-    scores = train_epoch(training, loader, job.pre, nn.CrossEntropyLoss(label_smoothing=stage.label_smoothing), progress(job, len(loader)))
-    logits, labels, _, skipped = predict(training.model, stage_batches(job.val, range(len(job.val)), stage.batch * 2, stage), job.pre, training.device)
+    "Train one epoch, or what is left of it, and validate."
+    stage, training, watch = job.stage, job.training, Watch(job)
+    epoch, classes = training.epoch, len(job.manifest.classes)
+    train = replace(job.train, epoch=epoch, pre=replace(job.pre, size=size_at(stage, epoch)), augment=strength_at(stage, epoch))
+    order = epoch_order(len(train), stage.seed, epoch, draw_chances(stage, train.labels, classes))
+    loader = stage_batches(train, order, batch_at(stage, epoch), stage, drop_last=True)
+    watch.steps = len(loader)
+    scores = train_epoch(training, loader.skip(training.within), train.pre, make_loss(stage, train.labels, classes, training.device), watch)
+    logits, labels, _, skipped = predict(training.answering, stage_batches(job.val, range(len(job.val)), stage.batch * 2, stage), job.pre, training.device)
     note_skipped(job, job.val, skipped)
+    watch.stop()
     val = {f"val_{k}": round(v, 5) for k, v in score(logits, labels).items()}
-    return {"epoch": training.epoch, "lr": training.optimizer.param_groups[0]["lr"], "train_loss": round(scores["train_loss"], 5), **val,
-            "images_per_s": round(scores["images_per_s"], 1), "seconds": round(time.perf_counter() - start, 2)}
+    return {"epoch": training.epoch, "lr": training.optimizer.param_groups[0]["lr"], "size": train.pre.size, "batch": batch_at(stage, epoch), "train_loss": round(scores["train_loss"], 5), **val,
+            "images_per_s": round(scores["images_per_s"], 1), "seconds": round(training.seconds - training.epoch_began, 2)}
 
-# %% ../nbs/04_train.ipynb #39165f5d
-def progress(job: Job, steps: int) -> Callable[[int, int, list[int]], None]:
-    "Make the callback of an epoch: a progress event each second, skipped files once, stop when asked."
-    start = last = time.perf_counter()
+# %% ../nbs/04_train.ipynb #35bd6c5c
+class Watch:
+    "What happens after each step of an epoch: events, checkpoints, the end."
 
-    def on_step(step: int, pills: int, skipped: list[int]) -> None:
-        nonlocal last
-        note_skipped(job, job.train, skipped)
+    def __init__(self, job: Job) -> None:
+        self.job, self.steps = job, 0
+        self.start = self.told = self.saved = time.perf_counter()
+        self.before, self.counted = job.training.seconds, job.training.counted
+        if not job.training.within:
+            job.training.epoch_began = self.before
+
+    def stop(self) -> None:
+        "Add the time to the training's."
+        self.job.training.seconds = self.before + time.perf_counter() - self.start
+
+    def save(self) -> None:
+        "Write a checkpoint that goes on after this step."
+        self.stop()
+        self.job.save()
+        self.saved = time.perf_counter()
+
+    def __call__(self, step: int, pills: int, skipped: list[int]) -> bool:  # whether the time is over
+        note_skipped(self.job, self.job.train, skipped)
         if Stop.signal:
+            self.save()
             raise Stop
         now = time.perf_counter()
-        if now - last >= 1:
-            append_event(job.run, "progress", epoch=job.training.epoch + 1, step=step, steps=steps, images_per_s=round(pills / (now - start), 1))
-            last = now
-    return on_step
+        if now - self.saved >= 60 * self.job.stage.checkpoint_minutes:
+            self.save()
+        if now - self.told >= 1:
+            append_event(self.job.run, "progress", epoch=self.job.training.epoch + 1, step=step, steps=self.steps, images_per_s=round((pills - self.counted) / (now - self.start), 1))
+            self.told = now
+        return self.job.over(self.before + now - self.start)
 
 
 def note_skipped(job: Job, dataset: PillDataset, rows: list[int]) -> None:
@@ -353,7 +386,7 @@ def note_skipped(job: Job, dataset: PillDataset, rows: list[int]) -> None:
         job.skipped.add(file)
         append_event(job.run, "skipped", file=file)
 
-# %% ../nbs/04_train.ipynb #508fd730
+# %% ../nbs/04_train.ipynb #bfac05d1
 def standard_error(share: float, pills: int) -> float:
     "Give the standard error of a share of so many pills, also of shares near 0 and 1 (Agresti and Coull, 1998)."
     p = (share * pills + 2) / (pills + 4)
@@ -368,10 +401,22 @@ def keep(job: Job, scores: dict[str, Any]) -> bool:  # whether this epoch is the
     best["peak"] = peak
     if better:
         job.training.best = {k: v for k, v in scores.items() if k == "epoch" or k.startswith("val_")} | {"peak": peak}
-        save_classifier(job.run / "best.safetensors", job.training.model, job.manifest.classes, job.pre, job.stage, manifest_hash=job.manifest.hash, **job.training.best)
-    save_checkpoint(job.run / "last.pt", job.training, **job.identity)
+        save_classifier(job.run / "best.safetensors", job.training.answering, job.manifest.classes, job.pre, job.stage, manifest_hash=job.manifest.hash, **job.training.best)
+    keep_among_top(job, scores)
+    job.save()
+    while job.training.notes:
+        append_event(job.run, "note", message=job.training.notes.pop(0))
     append_event(job.run, "epoch", **scores, best=better)
     return better
+
+def keep_among_top(job: Job, scores: dict[str, Any]) -> None:
+    "Keep the weights of the `keep_top` epochs of highest macro-F1, besides the best."
+    if job.stage.keep_top == 1:
+        return
+    name = f"f1-{scores['val_macro_f1']:.5f}-epoch-{scores['epoch']:03}.safetensors"
+    save_classifier(job.run / "top" / name, job.training.answering, job.manifest.classes, job.pre, job.stage, manifest_hash=job.manifest.hash, **scores)
+    for path in sorted((job.run / "top").glob("*.safetensors"))[: -job.stage.keep_top]:
+        path.unlink()
 
 # %% ../nbs/04_train.ipynb #0d182601
 Write = Callable[[dict[str, Any]], None]  # takes the scores of an epoch
@@ -391,7 +436,7 @@ def tensorboard(run: Path, wanted: bool) -> Iterator[Write]:
     finally:
         writer.close()
 
-# %% ../nbs/04_train.ipynb #f7aaa4dd
+# %% ../nbs/04_train.ipynb #2ea567c8
 def train_classifier(
     job: Job,
     write: Write,
@@ -403,6 +448,8 @@ def train_classifier(
         better = keep(job, scores)
         write(scores)
         print(epoch_line({"event": "epoch", **scores, "best": better}, job.stage.epochs), flush=True)
+    if job.over(job.training.seconds):
+        append_event(job.run, "note", message=f"the classifier's training ended after {job.training.seconds / 3600:.2f} hours, because of cap={job.stage.cap}")
 
 # %% ../nbs/04_train.ipynb #27f9fdad
 def train_pill_detector(opened: RunFolder, write: Write, on_epoch: Callable[[int], None] = lambda epochs: None) -> None:
@@ -440,10 +487,11 @@ def train_by_turns(opened: RunFolder, job: Job, write: Write) -> None:
     with apart():
         train_classifier(job, write, stage.epochs)
 
-# %% ../nbs/04_train.ipynb #79610c02
+# %% ../nbs/04_train.ipynb #54410475
 def fit(run: Path) -> dict[str, Any]:  # the metrics of the training
     "Train a run to its end, from its last checkpoints if it has some."
     opened, start = open_folder(run), time.perf_counter()
+    clear_orphans(run)
     append_event(run, "preparing", pid=os.getpid())
     with Stop.at_once():
         if opened.stage.strategy == "interleaved":
@@ -473,7 +521,7 @@ def describe_job(opened: RunFolder, job: Job | None) -> dict[str, Any]:
     if job is None:
         return both
     relaid = job.train.relay.masks.good.mean() * job.train.relay.share if job.train.relay else 0.0
-    return both | {"epochs": job.stage.epochs, "from_epoch": job.training.epoch, "train_pills": len(job.train), "val_pills": len(job.val), "classes": len(job.manifest.classes),
+    return both | {"epochs": job.stage.epochs, "from_epoch": job.training.epoch, "train_pills": len(job.train), "val_pills": len(job.val), "classes": len(job.manifest.classes), "from_step": job.training.step, "started_from": job.stage.start_from, "drugs_taken_over": job.taken,
                    "relaid": round(float(relaid), 4), "precision": str(job.training.precision or torch.float32).removeprefix("torch.")}
 
 # %% ../nbs/04_train.ipynb #79223ad5
@@ -715,11 +763,11 @@ def describe_kept(run: Path) -> str:
     said = read_json(run / "cache.json")
     return f"{KEPT[said['kind']]}, at most {said['cut']['side']} px with {said['cut']['context']} of the box's side around it ({said['why']})" if said["kind"] != "off" else f"{KEPT['off']} ({said['why']})"
 
-# %% ../nbs/04_train.ipynb #d993c42a
+# %% ../nbs/04_train.ipynb #dbc14fad
 COMPARED = ("classifier_steps", "val_top1", "test_top1", "tray_pill_top1", "new_ground_top1", "detector_steps", "val_map50", "det_map50", "tray_exact", "train_hours")
 
 
-SILENT = ("name", "gates", "hours", "loader", "workers", "prefetch", "pin", "tensorboard")  # fields that change no weight
+SILENT = ("name", "gates", "hours", "loader", "workers", "prefetch", "pin", "tensorboard", "checkpoint_minutes", "keep_top")  # fields that change no weight
 
 
 def compare_runs(settings: Settings, key: str, most: int = 6) -> pd.DataFrame | None:  # index: run, newest last; None with fewer than two

@@ -3,7 +3,7 @@
     .venv/bin/python tests/benchmark_loading.py                     # everything: about fifteen minutes on two cores, 2 GB of disk
     .venv/bin/python tests/benchmark_loading.py --side 288 --seconds 0.5 --no-build
 
-Prints Markdown tables. Photos are drawn at the real size, 976 x 1280. Every number is the best of three, after a round that does not count; the
+Prints Markdown tables. Photos are drawn at the real size, 976 x 1280. Every number is the best of --times, after a round that does not count; the
 sides take turns within a round, and files are in the disk's cache. A loader's rate is its steady one: the clock starts when as many batches
 have arrived as there are workers, so starting threads and processes counts for no side.
 
@@ -30,6 +30,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pandas as pd
+import psutil
 import torch
 from PIL import Image, features
 from torch.utils.data import DataLoader, Dataset
@@ -44,11 +45,11 @@ from pillsnap.inspection import inspect
 from pillsnap.preprocess import Preprocess, cut_square, place_square
 from pillsnap.trees import SynthSpec, pack_folder, synthesise
 
-BATCH, LEAST = 64, 4  # images of a batch; batches of a round that only warms up
+BATCH, WARM, LEAST = 64, 8, 12  # images of a batch; batches of the round that only warms up; fewest of a measurement
 STOCK = 10  # batches of the stock loader: some seconds
 VIEWS = 16  # photos of a drug
 BUILT = 768  # photos of a cache that is built: six shards
-KINDS, LOADERS = {"jpeg": "JPEG", "raw": "memory map"}, ("threads", "processes")
+KINDS, LOADERS, FORMS = {"jpeg": "JPEG", "raw": "memory map"}, ("threads", "processes"), ("uint8", "normalised")
 FRAMINGS = ("fixed cut", "random framing", "random framing, recipe")
 STAGE = STAGES["3"]
 
@@ -167,9 +168,9 @@ def our_rate(dataset: PillDataset, loader: str, workers: int, take: Callable) ->
 
 def our_rates(pills: pd.DataFrame, caches: dict[str, Cache], pre: Preprocess, workers: int, device: str) -> dict[tuple, Rate]:
     "Give every way of ours: framing, cache, loader, delivered as uint8 or normalised."
-    take = {"uint8": lambda crops: crops, "normalised": lambda crops: to_input(crops.to(device, non_blocking=True), pre)}
+    take = dict(zip(FORMS, (lambda crops: crops, lambda crops: to_input(crops.to(device, non_blocking=True), pre))))
     return {(framing, kind, loader, form): our_rate(make_dataset(framing, pills, caches[kind], pre), loader, workers, take[form])
-            for framing, kind, loader, form in product(FRAMINGS, KINDS, LOADERS, take)}
+            for framing, kind, loader, form in product(FRAMINGS, KINDS, LOADERS, FORMS)}
 
 
 def stock_rates(pills: pd.DataFrame, root: Path, pre: Preprocess, workers: int, device: str) -> dict[tuple, Rate]:
@@ -195,30 +196,27 @@ def thread_rate(work: Callable[[int, int], object], items: int, workers: int) ->
     return rate
 
 
-def process_rate(work: Callable, argument: object, pool: Pool, workers: int) -> Rate:  # work: argument, images → seconds
+def process_rate(work: Callable, argument: object, pool: Pool, workers: int) -> Rate:  # work: argument, images → images per second
     "Do something in processes that are there already."
-    def rate(images: int) -> float:
-        each = -(-images // workers)
-        return each * workers / max(pool.starmap(work, [(argument, each)] * workers, 1))
-    return rate
+    return lambda images: sum(pool.starmap(work, [(argument, -(-images // workers))] * workers, 1))
 
 
-def decode_photos(paths: list[Path], images: int) -> float:  # seconds
-    "Decode PNG photos as the stock loader does."
-    chosen = [paths[i] for i in repeat_rows(len(paths), images)]
+def decode_photos(paths: list[Path], images: int) -> float:  # images per second
+    "Decode some PNG photos as the stock loader does."
+    chosen = [paths[i] for i in repeat_rows(len(paths), min(images, 2 * BATCH))]
     start = time.perf_counter()
     for path in chosen:
         Image.open(path).convert("RGB")
-    return time.perf_counter() - start
+    return len(chosen) / (time.perf_counter() - start)
 
 
-def augment_crops(file: Path, images: int) -> float:  # seconds
+def augment_crops(file: Path, images: int) -> float:  # images per second
     "Run the recipe on crops in memory."
     crops, augment = np.load(file), make_augmentation(1.0)
     start = time.perf_counter()
     for i in range(images):
         augment(image=crops[i % len(crops)])
-    return time.perf_counter() - start
+    return images / (time.perf_counter() - start)
 
 
 def input_rate(crops: np.ndarray, pre: Preprocess, device: str) -> Rate:
@@ -267,9 +265,9 @@ def limit_rates(pills: pd.DataFrame, root: Path, caches: dict[str, Cache], pre: 
 
 # Measuring
 
-def best_rates(measures: dict, seconds: float, times: int = 3) -> dict:
+def best_rates(measures: dict, seconds: float, times: int) -> dict:
     "Measure in turn, several times after a round to warm up, and give the best rates."
-    images = {name: BATCH * max(LEAST, round(measure(LEAST * BATCH) * seconds / BATCH)) for name, measure in measures.items()}
+    images = {name: BATCH * max(LEAST, round(measure(WARM * BATCH) * seconds / BATCH)) for name, measure in measures.items()}
     rounds = [{name: measure(images[name]) for name, measure in measures.items()} for _ in range(times)]
     return {name: max(found[name] for found in rounds) for name in measures}
 
@@ -287,18 +285,15 @@ def limit_of(rates: dict, parts: list[str]) -> tuple[float, str]:  # images per 
     return 1 / sum(times.values()), f"{most} {times[most] / sum(times.values()):.0%}"
 
 
-def our_row(rates: dict, framing: str, kind: str, loader: str, auto: str) -> dict:
+def our_row(rates: dict, framing: str, kind: str, loader: str, form: str, auto: str) -> dict:
     "Compare one way of ours with the stock loader and with its limit."
-    row = {"framing": framing, "cache": KINDS[kind], "loader": loader + " (auto)" * (loader == auto)}
-    for form in ("uint8", "normalised"):
-        rate, (limit, most) = rates[framing, kind, loader, form], limit_of(rates, needed_parts(framing, kind, form))
-        row |= {f"{form}, images/s": f"{rate:,.0f}", f"times stock, {form}": f"{rate / rates['stock', 'recipe' in framing]:.1f}", f"limit, {form}": f"{limit:,.0f}",
-                f"share of it, {form}": f"{rate / limit:.0%}", f"most of the limit, {form}": most}
-    return row
+    rate, (limit, most) = rates[framing, kind, loader, form], limit_of(rates, needed_parts(framing, kind, form))
+    return {"cut": framing, "cache": KINDS[kind], "loader": loader + " (auto)" * (loader == auto), "images/s": f"{rate:,.0f}", "times stock": f"{rate / rates['stock', 'recipe' in framing]:.1f}",
+            "limit": f"{limit:,.0f}", "share of it": f"{rate / limit:.0%}", "most of the limit": most}
 
 
-def loader_table(rates: dict, auto: dict[str, str]) -> pd.DataFrame:
-    return pd.DataFrame([our_row(rates, framing, kind, loader, auto[framing]) for framing, kind, loader in product(FRAMINGS, KINDS, LOADERS)])
+def our_table(rates: dict, form: str, auto: dict[str, str]) -> pd.DataFrame:
+    return pd.DataFrame([our_row(rates, framing, kind, loader, form, auto[framing]) for framing, kind, loader in product(FRAMINGS, KINDS, LOADERS)])
 
 
 def stock_table(rates: dict) -> pd.DataFrame:
@@ -328,12 +323,13 @@ def measure_loading(pills: pd.DataFrame, root: Path, side: int, scratch: Path, p
     caches = {kind: ensure_cache(pills, [root], cut_of(side, kind), settings, "benchmark", given.workers, quietly) for kind in KINDS}
     away, sizes = compare_inputs(pills, root, caches, pre), {kind: cache.facts["bytes"].mean() / 1e3 for kind, cache in caches.items()}
     limits = limit_rates(pills, root, caches, pre, scratch, pool, given.workers, device)
-    rates = best_rates(stock_rates(pills, root, pre, given.workers, device) | limits | our_rates(pills, caches, pre, given.workers, device), given.seconds)
+    rates = best_rates(stock_rates(pills, root, pre, given.workers, device) | limits | our_rates(pills, caches, pre, given.workers, device), given.seconds, given.times)
     auto = {framing: "threads" if batches(make_dataset(framing, pills, caches["raw"], pre), [0, 1], 1, workers=2).threads else "processes" for framing in FRAMINGS}
     print(f"\n## Squares of {side} px, model input {pre.size} px\n\nplan_cut keeps {plan_cut(replace(STAGE, size=pre.size), 'raw').side} px for such a model. A square takes {sizes['jpeg']:.0f} kB as JPEG, "
           f"{sizes['raw']:.0f} kB as pixels. Inputs differ from the stock loader's by {away['raw']:.1f} grey levels from pixels, {away['jpeg']:.1f} from JPEG. to_input runs on {device}.")
     show("Stock", stock_table(rates))
-    show("Ours", loader_table(rates, auto))
+    for form in FORMS:
+        show(f"Ours, delivered {'as uint8' if form == 'uint8' else 'and normalised'}", our_table(rates, form, auto))
     show(f"Parts alone, {given.workers} workers", limit_table(rates, limits, given.workers))
 
 
@@ -368,7 +364,7 @@ def photo_seconds(pills: pd.DataFrame, roots: list[Path], cut: CacheCut, photos:
     return spent / len(pills.iloc[:: max(1, len(pills) // photos)])
 
 
-def build_table(trees: dict[str, Path], side: int, scratch: Path, workers: int, times: int = 3) -> pd.DataFrame:
+def build_table(trees: dict[str, Path], side: int, scratch: Path, workers: int, times: int) -> pd.DataFrame:
     "Compare builds with their limit."
     jobs = {}
     for (source, root), kind in product(trees.items(), KINDS):
@@ -400,7 +396,13 @@ def describe_machine() -> str:
     info = Path("/proc/cpuinfo")
     models = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "pillow", "opencv-python", "albumentations", "numpy"))
-    return f"{os.cpu_count()} cores, {models[0] if models else platform.processor()}, {pick_device()}; Python {platform.python_version()}, {packages}, zlib of Pillow {features.version('zlib')}"
+    return f"{os.cpu_count()} cores, {models[0] if models else platform.processor()}, {pick_device()}; Python {platform.python_version()}, {packages}, PNG of Pillow by zlib{'-ng ' + features.version('zlib_ng') if features.check('zlib_ng') else ' ' + features.version('zlib')}"
+
+
+def time_of_others() -> tuple[float, float]:  # seconds of all cores, seconds by the clock
+    "Say how long the cores have worked for other processes; children count when they have ended."
+    spent = psutil.cpu_times()
+    return sum(spent) - spent.idle - spent.iowait - sum(os.times()[:4]), time.time()
 
 
 def main() -> None:
@@ -409,20 +411,24 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--side", type=int, nargs="+", default=[384, 288], help="sides of the cached squares, px")
     parser.add_argument("--seconds", type=float, default=1.2, help="length of a measurement")
+    parser.add_argument("--times", type=int, default=3, help="of which the best counts")
     parser.add_argument("--no-build", action="store_true", help="leave out the building of caches")
     parser.add_argument("--where", default=None, help="folder for scratch files")
     given = parser.parse_args()
     cv2.setNumThreads(0)  # the workers are the parallelism, on both sides
     print(describe_machine())
+    before = time_of_others()
     with scratch_folder(given.where) as scratch, multiprocessing.get_context("fork").Pool(given.workers, quiet_worker, (0,)) as pool:
         tree, zips = draw_photos(scratch, given.photos)
         pills = read_pills(tree)
         size = np.mean([(tree / image).stat().st_size for image in pills.image]) / 1e6
-        print(f"\n{len(pills)} drawn photos, PNG of {size:.2f} MB on average; batches of {BATCH}, {given.workers} workers, best of three")
+        print(f"\n{len(pills)} drawn photos, PNG of {size:.2f} MB on average; batches of {BATCH}, {given.workers} workers, best of {given.times}")
         for side in given.side:
             measure_loading(pills, tree, side, scratch, pool, given)
         if not given.no_build:
-            show(f"Building a cache, squares of {given.side[0]} px, {given.workers} workers", build_table({"folders": tree, "a ZIP": zips}, given.side[0], scratch, given.workers))
+            show(f"Building a cache, squares of {given.side[0]} px, {given.workers} workers", build_table({"folders": tree, "a ZIP": zips}, given.side[0], scratch, given.workers, given.times))
+    busy, seconds = (after - earlier for after, earlier in zip(time_of_others(), before))
+    print(f"\nThe run took {seconds / 60:.0f} minutes; other work meanwhile kept {busy / seconds:.2f} of {os.cpu_count()} cores busy.")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import pytest
 from pillsnap.core import Parameters, data_roots, get_stage, load_settings
 from pillsnap.trees import SynthSpec, synthesise
 
+KILLS = int(os.environ.pop("PILLSNAP_KILLS", 5))  # how often tests of kills kill; taken out, because settings refuse names they do not know
 PROJECT = Path(__file__).resolve().parent.parent
 
 
