@@ -70,13 +70,17 @@ def seed_step(seed: int, step: int) -> None:
     np.random.seed(number)
     torch.manual_seed(number)
 
-# %% ../nbs/03da_methods.ipynb #f8f49691
+# %% ../nbs/03da_methods.ipynb #2c2febe4
 class Mixer:
     "Mixes pictures of a batch and their labels, as a stage says."
 
     def __init__(self, stage: Stage, classes: int, device: str) -> None:
         self.mix = Mixup(stage.mixup, stage.cutmix, label_smoothing=0.0, num_classes=classes) if stage.mixup or stage.cutmix else None
         self.erase = RandomErasing(stage.erase, mode="pixel", device=device) if stage.erase else None
+
+    @property
+    def works(self) -> bool:  # whether it changes anything
+        return bool(self.mix or self.erase)
 
     def __call__(self, xb: torch.Tensor, yb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # (b, 3, s, s) normalised; labels (b,) or (b, classes)
         "Mix a batch, in its place; one of an odd number of pills is only erased."

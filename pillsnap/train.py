@@ -345,7 +345,7 @@ def run_epoch(job: Job) -> dict[str, Any]:  # the scores of the epoch
     return {"epoch": training.epoch, "lr": training.optimizer.param_groups[0]["lr"], "size": train.pre.size, "batch": batch_at(stage, epoch), "train_loss": round(scores["train_loss"], 5), **val,
             "images_per_s": round(scores["images_per_s"], 1), "seconds": round(training.seconds - training.epoch_began, 2)}
 
-# %% ../nbs/04_train.ipynb #35bd6c5c
+# %% ../nbs/04_train.ipynb #ce2356e3
 class Watch:
     "What happens after each step of an epoch: events, checkpoints, the end."
 
@@ -368,6 +368,8 @@ class Watch:
 
     def __call__(self, step: int, pills: int, skipped: list[int]) -> bool:  # whether the time is over
         note_skipped(self.job, self.job.train, skipped)
+        while self.job.training.notes:
+            append_event(self.job.run, "note", message=self.job.training.notes.pop(0))
         if Stop.signal:
             self.save()
             raise Stop
@@ -386,7 +388,7 @@ def note_skipped(job: Job, dataset: PillDataset, rows: list[int]) -> None:
         job.skipped.add(file)
         append_event(job.run, "skipped", file=file)
 
-# %% ../nbs/04_train.ipynb #bfac05d1
+# %% ../nbs/04_train.ipynb #8d8921e3
 def standard_error(share: float, pills: int) -> float:
     "Give the standard error of a share of so many pills, also of shares near 0 and 1 (Agresti and Coull, 1998)."
     p = (share * pills + 2) / (pills + 4)
@@ -404,8 +406,6 @@ def keep(job: Job, scores: dict[str, Any]) -> bool:  # whether this epoch is the
         save_classifier(job.run / "best.safetensors", job.training.answering, job.manifest.classes, job.pre, job.stage, manifest_hash=job.manifest.hash, **job.training.best)
     keep_among_top(job, scores)
     job.save()
-    while job.training.notes:
-        append_event(job.run, "note", message=job.training.notes.pop(0))
     append_event(job.run, "epoch", **scores, best=better)
     return better
 
@@ -487,11 +487,11 @@ def train_by_turns(opened: RunFolder, job: Job, write: Write) -> None:
     with apart():
         train_classifier(job, write, stage.epochs)
 
-# %% ../nbs/04_train.ipynb #54410475
+# %% ../nbs/04_train.ipynb #317db104
 def fit(run: Path) -> dict[str, Any]:  # the metrics of the training
     "Train a run to its end, from its last checkpoints if it has some."
     opened, start = open_folder(run), time.perf_counter()
-    clear_orphans(run)
+    clear_orphans(run, run / "top", run / "detector")
     append_event(run, "preparing", pid=os.getpid())
     with Stop.at_once():
         if opened.stage.strategy == "interleaved":
@@ -734,7 +734,7 @@ def read_boxes(path: Path, picture: np.ndarray) -> np.ndarray:  # (n, 4) x, y, w
     (h, w), rows = picture.shape[:2], np.array([line.split()[1:] for line in path.read_text("utf-8").splitlines()], float).reshape(-1, 4)
     return np.column_stack([rows[:, :2] - rows[:, 2:] / 2, rows[:, 2:]]) * [w, h, w, h]
 
-# %% ../nbs/04_train.ipynb #89c8377b
+# %% ../nbs/04_train.ipynb #ff0dd4ad
 def summarise_run(run: Path) -> pd.DataFrame:
     "Say what was trained, on what, and how it went."
     record, metrics, start = read_json(run / "run.json"), read_metrics(run), read_events(run, "start")[-1]
@@ -748,7 +748,8 @@ def summarise_run(run: Path) -> pd.DataFrame:
         rows |= {"detector": record["stage"]["detector"], "its photos": f"{counts['train_photos']} real, {counts['train_masked']} of them with unlabelled regions masked, {counts['train_empty']} without a pill, {metrics['detector_composed']} composed",
                  "incomplete trays in the data": f"{record['incomplete_trays']}, of which {counts['train_masked']} train masked",
                  "its best epoch": f"{metrics['detector_best_epoch']} of {metrics['detector_epochs']}", "val_map50": metrics["val_map50"], "val_map50_95": metrics["val_map50_95"]}
-    rows |= {"minutes": round(60 * metrics["train_hours"], 1), "device": start["device"], "manifest": record["manifest_hash"],
+    notes = [e["message"] for e in read_events(run, "note")]
+    rows |= {"notes": "; ".join(notes) or "none", "minutes": round(60 * metrics["train_hours"], 1), "device": start["device"], "manifest": record["manifest_hash"],
              "commit": record["git"]["commit"][:10] + (" + changes" if record["git"]["dirty"] else "")}
     return pd.Series(rows, name="value").to_frame()
 

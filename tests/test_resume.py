@@ -79,6 +79,15 @@ def seconds_of(run):
     return (ended - begun).total_seconds()
 
 
+def kill(process):
+    "Kill a training with all its workers; one that has no session of its own yet has none."
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        process.kill()
+    process.join()
+
+
 def kill_until_done(run, chance, seconds, most):
     "Train a run, killing it at random moments, and count the kills."
     kills = 0
@@ -86,8 +95,7 @@ def kill_until_done(run, chance, seconds, most):
         process = start(run)
         process.join(chance.uniform(0.05, 0.6) * seconds if kills < most else None)
         if process.is_alive():
-            os.killpg(process.pid, signal.SIGKILL)
-            process.join()
+            kill(process)
             kills += 1
             if (run / "last.pt").exists():
                 read_checkpoint(run / "last.pt", "cpu")  # there is always one that can be read
