@@ -8,7 +8,7 @@ __all__ = ['REACHED', 'TRIES', 'pick_precision', 'Training', 'start_training', '
            'read_checkpoint', 'load_checkpoint', 'take_ambient', 'put_ambient', 'Apart', 'estimate_memory',
            'free_memory', 'check_memory', 'find_largest', 'largest_batch']
 
-# %% ../nbs/03e_engine.ipynb #b2601131
+# %% ../nbs/03e_engine.ipynb #3ed88d3c
 import contextlib
 import math
 import os
@@ -32,6 +32,7 @@ from .classifier import build_classifier, to_input
 from .core import PillSnapError, Stage, atomic_path
 from .methods import Mixer, freeze_statistics, make_average, make_optimizer, make_schedule, seed_step, update_average
 from .preprocess import Preprocess
+from .ranks import Ranks, spread
 
 # %% ../nbs/03e_engine.ipynb #f679d2b7
 def pick_precision(
@@ -45,7 +46,7 @@ def pick_precision(
         raise PillSnapError(f"precision=fp16 needs a GPU, the device is {device!r}: take auto, bf16 or fp32")
     return {"auto": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
-# %% ../nbs/03e_engine.ipynb #eae1c237
+# %% ../nbs/03e_engine.ipynb #166cbdbd
 @dataclass
 class Training:
     "Model, optimiser, schedule, scaler, average and what has been reached; `state` and `load_state` are its checkpoint."
@@ -68,6 +69,8 @@ class Training:
     epoch_began: float = 0.0  # training time when the present epoch began
     parts: int = 1  # in which a batch goes through the network; at least the stage's `accumulate`
     halved: int = 0  # times that batches were halved for want of memory
+    ranks: Ranks = Ranks()
+    spread: nn.Module | None = None  # the model on several ranks
     best: dict[str, Any] = field(default_factory=dict)  # scores of the best epoch
     compiled: Callable | None = None  # what runs in place of the model
     notes: list[str] = field(default_factory=list)  # what could not be done as the stage says
@@ -107,38 +110,40 @@ class Training:
 
 REACHED = ("epoch", "step", "pills", "within", "total", "counted", "seconds", "epoch_began", "parts", "halved", "best")
 
-# %% ../nbs/03e_engine.ipynb #a0e50010
+# %% ../nbs/03e_engine.ipynb #7c5faad0
 def start_training(
     model: nn.Module,
     stage: Stage,
     pills: int,  # of an epoch
     device: str,
     classes: int,
+    ranks: Ranks = Ranks(),
 ) -> Training:
     "Put a model on its device with everything its training needs."
     if device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32
         model = model.to(memory_format=torch.channels_last)
-    model = model.to(device)
+    model, several = spread(model.to(device), ranks)
     optimizer, precision = make_optimizer(model, stage), pick_precision(stage.precision, device)
     scaler = torch.amp.GradScaler(device.split(":")[0], enabled=precision == torch.float16)
     return Training(stage, model, optimizer, make_schedule(optimizer, stage, pills), scaler, make_average(model, stage), Mixer(stage, classes, device), precision, device,
-                    parts=stage.accumulate, compiled=torch.compile(model) if stage.compile else None)
+                    parts=stage.accumulate, ranks=ranks, spread=several, compiled=torch.compile(several or model) if stage.compile else None)
 
-# %% ../nbs/03e_engine.ipynb #cd262e6f
+# %% ../nbs/03e_engine.ipynb #1c65caf8
 def take_step(
     training: Training,
     xb: torch.Tensor,  # (b, 3, s, s) float32
     yb: torch.Tensor,  # (b,) labels
     loss_fn: nn.Module,
+    whole: int = 0,  # pills of all ranks; 0: these
 ) -> float:  # the loss
     "Take one optimiser step; raises PillSnapError when the loss is not finite."
-    stage = training.stage
+    stage, whole = training.stage, whole or len(xb)
     seed_step(stage.seed, training.step)
     set_rate(training)
     mixed, target = training.mixer(xb.clone(), yb) if training.mixer.works else (xb, yb)
     training.optimizer.zero_grad(set_to_none=True)
-    loss = backward(training, mixed, target, loss_fn)
+    loss = backward(training, mixed, target, loss_fn, len(xb) * training.ranks.ranks / whole)
     if not math.isfinite(loss):
         raise PillSnapError(f"loss is {loss} at step {training.step}: lower lr, or take precision=fp32")
     if stage.clip:
@@ -146,9 +151,9 @@ def take_step(
         nn.utils.clip_grad_norm_(training.model.parameters(), stage.clip)
     training.scaler.step(training.optimizer)
     training.scaler.update()
-    training.step, training.pills = training.step + 1, training.pills + len(xb)
+    training.step, training.pills = training.step + 1, training.pills + whole
     if training.average:
-        update_average(training.average, training.model, stage, len(xb))
+        update_average(training.average, training.model, stage, whole)
     return loss
 
 
@@ -159,12 +164,13 @@ def set_rate(training: Training) -> None:
         group["lr"] *= 0.5 ** (training.halved / 2)
 
 
-def backward(training: Training, xb: torch.Tensor, target: torch.Tensor, loss_fn: nn.Module) -> float:  # the loss of the batch
-    "Add up the gradients of a batch, part by part."
+def backward(training: Training, xb: torch.Tensor, target: torch.Tensor, loss_fn: nn.Module, share: float = 1.0) -> float:  # the loss of the batch
+    "Add up the gradients of a batch, part by part; `share`: of the mean rank's pills, so that the mean over ranks is the mean over pills."
     total, parts = 0.0, min(training.parts, len(xb))
-    for part, wanted in zip(xb.tensor_split(parts), target.tensor_split(parts)):
-        loss = forward(training, part, wanted, loss_fn) * (len(part) / len(xb))
-        training.scaler.scale(loss).backward()
+    for n, (part, wanted) in enumerate(zip(xb.tensor_split(parts), target.tensor_split(parts)), 1):
+        with training.spread.no_sync() if training.spread and n < parts else contextlib.nullcontext():  # ranks exchange gradients once
+            loss = forward(training, part, wanted, loss_fn) * (len(part) / len(xb))
+            training.scaler.scale(loss * share).backward()
         total += loss.item()
     return total
 
@@ -172,9 +178,10 @@ def backward(training: Training, xb: torch.Tensor, target: torch.Tensor, loss_fn
 def forward(training: Training, xb: torch.Tensor, target: torch.Tensor, loss_fn: nn.Module) -> torch.Tensor:  # ()
     "Compute a loss; where the compiled model fails, go on with the model itself."
     autocast = torch.autocast(training.device.split(":")[0], training.precision) if training.precision else contextlib.nullcontext()
+    plain = training.spread or training.model
     with autocast:
         try:
-            return loss_fn((training.compiled or training.model)(xb), target)
+            return loss_fn((training.compiled or plain)(xb), target)
         except torch.OutOfMemoryError:
             raise
         except Exception as e:
@@ -182,9 +189,9 @@ def forward(training: Training, xb: torch.Tensor, target: torch.Tensor, loss_fn:
                 raise
             training.compiled = None
             training.notes.append(f"torch.compile failed, the training goes on without: {type(e).__name__}: {str(e)[:200]}")
-            return loss_fn(training.model(xb), target)
+            return loss_fn(plain(xb), target)
 
-# %% ../nbs/03e_engine.ipynb #5925a6cd
+# %% ../nbs/03e_engine.ipynb #0537bba3
 TRIES = 4
 
 
@@ -193,9 +200,12 @@ def train_step(
     xb: torch.Tensor,  # (b, 3, s, s) float32
     yb: torch.Tensor,  # (b,) labels
     loss_fn: nn.Module,
+    whole: int = 0,  # pills of all ranks; 0: these
 ) -> float:  # the mean loss
     "Take a batch's step, or its steps where batches had to be halved; raises PillSnapError when memory does not suffice after four changes."
     done, total, tries = 0, 0.0, 0
+    if training.ranks.ranks > 1:
+        return take_step(training, xb, yb, loss_fn, whole)  # a rank cannot repeat a step that the others have taken: who runs out of memory ends the run
     while done < len(xb):
         part = slice(done, done + max(1, math.ceil(len(xb) / 2**training.halved)))
         try:
@@ -229,7 +239,7 @@ def ease(training: Training, pills: int, tries: int) -> str:  # what is done abo
         group["weight_decay"] /= math.sqrt(2)
     return f"steps of {math.ceil(pills / 2)} pills from now on, learning rate and weight decay divided by the root of two"
 
-# %% ../nbs/03e_engine.ipynb #e843075a
+# %% ../nbs/03e_engine.ipynb #e7c0052a
 def train_epoch(
     training: Training,
     loader: Any,  # the batches of the epoch that are left, from pillsnap.data
@@ -239,14 +249,15 @@ def train_epoch(
 ) -> dict[str, float]:  # train_loss, images_per_s, pills
     "Go over the training pills; raises PillSnapError if none can be read."
     training.model.train()
-    start, before = time.perf_counter(), training.counted
+    start, before, ranks = time.perf_counter(), training.counted, training.ranks
     for crops, yb, rows, skipped in loader:
-        if rows:
+        whole = round(ranks.sum(len(rows)))
+        if ranks.least(len(rows)):
             if len(rows) // training.parts < training.stage.freeze_bn:
                 freeze_statistics(training.model)
             xb = to_input(crops.to(training.device, non_blocking=True), pre)
-            training.total += train_step(training, xb, yb.to(training.device), loss_fn) * len(rows)
-            training.counted += len(rows)
+            training.total += ranks.sum(train_step(training, xb, yb.to(training.device), loss_fn, whole) * len(rows))
+            training.counted += whole
         training.within += 1
         if on_step(training.within, training.counted, skipped):
             break

@@ -6,14 +6,14 @@
 __all__ = ['PATCHES', 'Write', 'KEPT', 'COMPARED', 'SILENT', 'prepare_run', 'write_inputs', 'list_empty', 'as_command', 'fits',
            'resumable', 'list_incomplete', 'is_incomplete', 'classifier_pills', 'RunFolder', 'open_folder',
            'keep_pills', 'tell_progress', 'make_datasets', 'make_relay', 'held_out_drugs', 'compose_trays',
-           'gather_photos', 'write_detector_set', 'Job', 'make_job', 'run_epoch', 'Watch', 'note_skipped',
+           'gather_photos', 'write_detector_set', 'Job', 'make_job', 'run_epoch', 'validate', 'Watch', 'note_skipped',
            'standard_error', 'keep', 'keep_among_top', 'tensorboard', 'train_classifier', 'train_pill_detector',
-           'check_both_fit', 'train_by_turns', 'fit', 'describe_job', 'training_metrics', 'detector_metrics', 'Stop',
-           'main', 'Launched', 'launch', 'follow', 'train_stage', 'training_lock', 'train_now', 'live_line',
-           'ensure_run', 'epoch_table', 'plot_training', 'plot_detector', 'show_batch', 'show_detector_photos',
-           'read_boxes', 'summarise_run', 'describe_kept', 'compare_runs']
+           'check_both_fit', 'train_by_turns', 'fit', 'train_both', 'follow_chief', 'describe_job', 'training_metrics',
+           'detector_metrics', 'Stop', 'main', 'Launched', 'launch', 'training_command', 'follow', 'train_stage',
+           'training_lock', 'train_now', 'live_line', 'ensure_run', 'epoch_table', 'plot_training', 'plot_detector',
+           'show_batch', 'show_detector_photos', 'read_boxes', 'summarise_run', 'describe_kept', 'compare_runs']
 
-# %% ../nbs/04_train.ipynb #fd4e5ffb
+# %% ../nbs/04_train.ipynb #9e1be2a9
 import contextlib
 import math
 import os
@@ -52,6 +52,7 @@ from .inspection import inspect
 from .manifest import Manifest, assign_splits, ensure_manifest, held_drugs, load_manifest, name_groups, save_manifest, tabulate_pills, unit_hash
 from .methods import batch_at, draw_chances, make_loss, size_at, strength_at
 from .preprocess import Preprocess
+from .ranks import Ranks, join_ranks
 from .trays import add_composed, detector_pills, find_empty, write_yolo_set
 from .viz import image_grid, plot_curves
 
@@ -150,7 +151,7 @@ def classifier_pills(
     pills = manifest.pills
     return pills[(pills.split == split) & pills.kind.isin(kinds) & (pills.label >= 0)].reset_index(drop=True)
 
-# %% ../nbs/04_train.ipynb #ac597cdd
+# %% ../nbs/04_train.ipynb #ab913cf3
 @dataclass(frozen=True)
 class RunFolder:
     "A run folder, opened for training."
@@ -159,6 +160,7 @@ class RunFolder:
     manifest: Manifest
     roots: list[Path]
     device: str
+    ranks: Ranks = Ranks()
 
     @property
     def drugs(self) -> pd.DataFrame:  # index K-code; long_mm, shape
@@ -280,7 +282,7 @@ def write_detector_set(opened: RunFolder) -> Path:  # the set, in the run's fold
     shutil.rmtree(composed, ignore_errors=True)  # the set has them
     return folder
 
-# %% ../nbs/04_train.ipynb #1ea60097
+# %% ../nbs/04_train.ipynb #302faa86
 @dataclass
 class Job:
     "One classifier training, ready to go."
@@ -292,6 +294,7 @@ class Job:
     val: PillDataset
     training: Training
     taken: int = 0  # drugs whose part of the head comes from another training
+    ranks: Ranks = Ranks()
     skipped: set[str] = field(default_factory=set)  # unreadable photos
 
     @property
@@ -309,43 +312,57 @@ class Job:
         "Say whether so much training time is more than the stage may take."
         return 0 < 3600 * self.stage.cap <= seconds
 
-    def save(self) -> None:
-        "Write the checkpoint."
-        save_checkpoint(self.run / "last.pt", self.training, **self.identity)
+    def tell(self, event: str, **values: Any) -> None:
+        "Append an event to the run's; rank 0 alone writes."
+        if self.ranks.chief:
+            append_event(self.run, event, **values)
 
-# %% ../nbs/04_train.ipynb #42141933
+    def save(self) -> None:
+        "Write the checkpoint; rank 0 alone does."
+        if self.ranks.chief:
+            save_checkpoint(self.run / "last.pt", self.training, **self.identity)
+
+# %% ../nbs/04_train.ipynb #aa0bae5c
 def make_job(opened: RunFolder) -> Job:
     "Build data, model and training state, and go back to the last checkpoint if there is one; raises PillSnapError where a split is empty."
-    stage, manifest, device = opened.stage, opened.manifest, pick_device(opened.device)
-    train, val = make_datasets(opened)
+    stage, manifest, ranks = opened.stage, opened.manifest, opened.ranks
+    with ranks.chief_first():
+        train, val = make_datasets(opened)
     torch.manual_seed(stage.seed)  # here: the building of a cache draws random numbers, the opening of one does not
     model = build_classifier(stage, len(manifest.classes))
     taken = start_from(model, Path(stage.start_from), manifest.classes) if stage.start_from else 0
     pills = sum(map(len, batches(train, range(len(train)), stage.batch, drop_last=True).chunks))
-    job = Job(opened.run, stage, manifest, train.pre, train, val, start_training(model, stage, pills, device, len(manifest.classes)), taken)
+    job = Job(opened.run, stage, manifest, train.pre, train, val, start_training(model, stage, pills, ranks.device, len(manifest.classes), ranks), taken, ranks)
     if (opened.run / "last.pt").exists():
         if wrong := load_checkpoint(opened.run / "last.pt", job.training, **job.identity):
-            append_event(opened.run, "note", message=f"{wrong}; going on from the one before it")
+            job.tell("note", message=f"{wrong}; going on from the one before it")
     return job
 
-# %% ../nbs/04_train.ipynb #16db93e3
+# %% ../nbs/04_train.ipynb #743f8a61
 def run_epoch(job: Job) -> dict[str, Any]:  # the scores of the epoch
     "Train one epoch, or what is left of it, and validate."
     stage, training, watch = job.stage, job.training, Watch(job)
     epoch, classes = training.epoch, len(job.manifest.classes)
     train = replace(job.train, epoch=epoch, pre=replace(job.pre, size=size_at(stage, epoch)), augment=strength_at(stage, epoch))
     order = epoch_order(len(train), stage.seed, epoch, draw_chances(stage, train.labels, classes))
-    loader = stage_batches(train, order, batch_at(stage, epoch), stage, drop_last=True)
+    loader = stage_batches(train, order, batch_at(stage, epoch), stage, drop_last=True, rank=job.ranks.rank, ranks=job.ranks.ranks)
     watch.steps = len(loader)
     scores = train_epoch(training, loader.skip(training.within), train.pre, make_loss(stage, train.labels, classes, training.device), watch)
-    logits, labels, _, skipped = predict(training.answering, stage_batches(job.val, range(len(job.val)), stage.batch * 2, stage), job.pre, training.device)
-    note_skipped(job, job.val, skipped)
+    val = {f"val_{k}": round(v, 5) for k, v in validate(job).items()}
     watch.stop()
-    val = {f"val_{k}": round(v, 5) for k, v in score(logits, labels).items()}
     return {"epoch": training.epoch, "lr": training.optimizer.param_groups[0]["lr"], "size": train.pre.size, "batch": batch_at(stage, epoch), "train_loss": round(scores["train_loss"], 5), **val,
             "images_per_s": round(scores["images_per_s"], 1), "seconds": round(training.seconds - training.epoch_began, 2)}
 
-# %% ../nbs/04_train.ipynb #ce2356e3
+# %% ../nbs/04_train.ipynb #e845849f
+def validate(job: Job) -> dict[str, float]:
+    "Score the validation pills, each rank its share of them."
+    rows = range(job.ranks.rank, len(job.val), job.ranks.ranks)
+    logits, labels, _, skipped = predict(job.training.answering, stage_batches(job.val, rows, job.stage.batch * 2, job.stage), job.pre, job.training.device)
+    parts = job.ranks.gather((logits, labels, skipped))
+    note_skipped(job, job.val, [row for *_, left in parts for row in left])
+    return score(np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts]))
+
+# %% ../nbs/04_train.ipynb #950751b7
 class Watch:
     "What happens after each step of an epoch: events, checkpoints, the end."
 
@@ -369,26 +386,26 @@ class Watch:
     def __call__(self, step: int, pills: int, skipped: list[int]) -> bool:  # whether the time is over
         note_skipped(self.job, self.job.train, skipped)
         while self.job.training.notes:
-            append_event(self.job.run, "note", message=self.job.training.notes.pop(0))
-        if Stop.signal:
+            self.job.tell("note", message=self.job.training.notes.pop(0))
+        if self.job.ranks.any(Stop.signal > 0):
             self.save()
             raise Stop
         now = time.perf_counter()
         if now - self.saved >= 60 * self.job.stage.checkpoint_minutes:
             self.save()
         if now - self.told >= 1:
-            append_event(self.job.run, "progress", epoch=self.job.training.epoch + 1, step=step, steps=self.steps, images_per_s=round((pills - self.counted) / (now - self.start), 1))
+            self.job.tell("progress", epoch=self.job.training.epoch + 1, step=step, steps=self.steps, images_per_s=round((pills - self.counted) / (now - self.start), 1))
             self.told = now
-        return self.job.over(self.before + now - self.start)
+        return self.job.ranks.any(self.job.over(self.before + now - self.start))
 
 
 def note_skipped(job: Job, dataset: PillDataset, rows: list[int]) -> None:
     "Write each unreadable photo to the events, once."
     for file in {dataset.pills.image[row] for row in rows} - job.skipped:
         job.skipped.add(file)
-        append_event(job.run, "skipped", file=file)
+        job.tell("skipped", file=file)
 
-# %% ../nbs/04_train.ipynb #8d8921e3
+# %% ../nbs/04_train.ipynb #ac3df0a1
 def standard_error(share: float, pills: int) -> float:
     "Give the standard error of a share of so many pills, also of shares near 0 and 1 (Agresti and Coull, 1998)."
     p = (share * pills + 2) / (pills + 4)
@@ -403,11 +420,14 @@ def keep(job: Job, scores: dict[str, Any]) -> bool:  # whether this epoch is the
     best["peak"] = peak
     if better:
         job.training.best = {k: v for k, v in scores.items() if k == "epoch" or k.startswith("val_")} | {"peak": peak}
-        save_classifier(job.run / "best.safetensors", job.training.answering, job.manifest.classes, job.pre, job.stage, manifest_hash=job.manifest.hash, **job.training.best)
-    keep_among_top(job, scores)
+    if job.ranks.chief:
+        if better:
+            save_classifier(job.run / "best.safetensors", job.training.answering, job.manifest.classes, job.pre, job.stage, manifest_hash=job.manifest.hash, **job.training.best)
+        keep_among_top(job, scores)
     job.save()
-    append_event(job.run, "epoch", **scores, best=better)
+    job.tell("epoch", **scores, best=better)
     return better
+
 
 def keep_among_top(job: Job, scores: dict[str, Any]) -> None:
     "Keep the weights of the `keep_top` epochs of highest macro-F1, besides the best."
@@ -436,7 +456,7 @@ def tensorboard(run: Path, wanted: bool) -> Iterator[Write]:
     finally:
         writer.close()
 
-# %% ../nbs/04_train.ipynb #2ea567c8
+# %% ../nbs/04_train.ipynb #227ac1f4
 def train_classifier(
     job: Job,
     write: Write,
@@ -446,10 +466,11 @@ def train_classifier(
     while job.training.epoch < epochs and not job.finished:
         scores = run_epoch(job)
         better = keep(job, scores)
-        write(scores)
-        print(epoch_line({"event": "epoch", **scores, "best": better}, job.stage.epochs), flush=True)
+        if job.ranks.chief:
+            write(scores)
+            print(epoch_line({"event": "epoch", **scores, "best": better}, job.stage.epochs), flush=True)
     if job.over(job.training.seconds):
-        append_event(job.run, "note", message=f"the classifier's training ended after {job.training.seconds / 3600:.2f} hours, because of cap={job.stage.cap}")
+        job.tell("note", message=f"the classifier's training ended after {job.training.seconds / 3600:.2f} hours, because of cap={job.stage.cap}")
 
 # %% ../nbs/04_train.ipynb #27f9fdad
 def train_pill_detector(opened: RunFolder, write: Write, on_epoch: Callable[[int], None] = lambda epochs: None) -> None:
@@ -487,10 +508,16 @@ def train_by_turns(opened: RunFolder, job: Job, write: Write) -> None:
     with apart():
         train_classifier(job, write, stage.epochs)
 
-# %% ../nbs/04_train.ipynb #317db104
-def fit(run: Path) -> dict[str, Any]:  # the metrics of the training
+# %% ../nbs/04_train.ipynb #c2a4ff17
+def fit(
+    run: Path,
+    ranks: Ranks | None = None,  # of the processes that train together; None: this one alone
+) -> dict[str, Any] | None:  # the metrics of the training; None on all ranks but the first
     "Train a run to its end, from its last checkpoints if it has some."
     opened, start = open_folder(run), time.perf_counter()
+    opened = replace(opened, ranks=ranks or Ranks(device=pick_device(opened.device)))
+    if not opened.ranks.chief:
+        return follow_chief(opened)
     clear_orphans(run, run / "top", run / "detector")
     append_event(run, "preparing", pid=os.getpid())
     with Stop.at_once():
@@ -499,20 +526,32 @@ def fit(run: Path) -> dict[str, Any]:  # the metrics of the training
         if opened.stage.strategy != "classifier":
             write_detector_set(opened)  # what is missing is said before hours of training, not after
         job = make_job(opened) if opened.stage.strategy != "detector" else None
-    append_event(run, "start", pid=os.getpid(), device=pick_device(opened.device), strategy=opened.stage.strategy, **describe_job(opened, job), prepare_seconds=round(time.perf_counter() - start, 1))
+    append_event(run, "start", pid=os.getpid(), device=opened.ranks.device, ranks=opened.ranks.ranks, strategy=opened.stage.strategy, **describe_job(opened, job), prepare_seconds=round(time.perf_counter() - start, 1))
     with tensorboard(run, opened.stage.tensorboard) as write:
-        if opened.stage.strategy == "interleaved":
-            train_by_turns(opened, job, write)
-        elif job:
-            train_classifier(job, write, opened.stage.epochs)
-        if opened.stage.strategy in ("detector", "sequential"):
-            if job:
-                job.training.free()
-            train_pill_detector(opened, write)
+        train_both(opened, job, write)
     metrics = training_metrics(opened, job)
     write_metrics(run, "train", metrics)
     append_event(run, "end", seconds=round(time.perf_counter() - start, 1), **{k: v for k, v in metrics.items() if k.startswith(("val_", "best_"))})
     return metrics
+
+
+def train_both(opened: RunFolder, job: Job | None, write: Write) -> None:
+    "Train the models of a run in the order its strategy says."
+    if opened.stage.strategy == "interleaved":
+        train_by_turns(opened, job, write)
+    elif job:
+        train_classifier(job, write, opened.stage.epochs)
+    if opened.stage.strategy in ("detector", "sequential"):
+        if job:
+            job.training.free()
+        train_pill_detector(opened, write)
+
+
+def follow_chief(opened: RunFolder) -> None:
+    "Train the classifier's share of a rank that is not the first; the detector is rank 0's alone. Raises PillSnapError for a strategy that has no share for it."
+    if opened.stage.strategy in ("detector", "interleaved"):
+        raise PillSnapError(f"strategy={opened.stage.strategy} trains in one process: several ranks share the classifier of strategy=classifier or sequential")
+    train_classifier(make_job(opened), lambda scores: None, opened.stage.epochs)
 
 
 def describe_job(opened: RunFolder, job: Job | None) -> dict[str, Any]:
@@ -548,7 +587,7 @@ def detector_metrics(run: Path) -> dict[str, Any]:
     return {"detector_epochs": len(epochs), "detector_best_epoch": end["best_epoch"], "val_map50": end["val_map50"], "val_map50_95": end["val_map50_95"], "detector_photos": counts["photos"],
             "detector_composed": counts["composed"], "detector_steps": int(epochs.steps.sum()), "detector_skipped_files": len(info["skipped"])}
 
-# %% ../nbs/04_train.ipynb #42bd86b5
+# %% ../nbs/04_train.ipynb #5b90e46d
 class Stop(Exception):
     "Raised inside the loop once a signal has asked for the end; while data is prepared, at once."
     signal: int = 0
@@ -579,18 +618,19 @@ def main(
     signal.signal(signal.SIGTERM, Stop.ask)
     signal.signal(signal.SIGINT, Stop.ask)
     try:
-        with FileLock(run / ".lock", timeout=0):
+        with join_ranks(pick_device(read_json(run / "run.json")["device"])) as ranks, FileLock(run / ".lock", timeout=0) if ranks.chief else contextlib.nullcontext():
             if stale := stale_modules(load_settings().project):
                 raise PillSnapError(f"edited but not exported: {', '.join(stale)}; run nbdev_export")
-            fit(run)
+            fit(run, ranks)
         return 0
     except Timeout:
         print(f"{run} is being trained by another process", file=sys.stderr)
         return 1
     except Stop:
-        append_event(run, "stopped", signal=Stop.signal, message=f"stopped by signal {Stop.signal}; go on with resume={run}")
-        return 128 + Stop.signal
-    except torch.cuda.OutOfMemoryError as e:
+        if os.environ.get("RANK", "0") == "0":
+            append_event(run, "stopped", signal=Stop.signal, message=f"stopped by signal {Stop.signal}; go on with resume={run}")
+        return 128 + Stop.signal if "RANK" not in os.environ else 0  # torchrun would start again what ends otherwise
+    except torch.OutOfMemoryError as e:
         append_event(run, "failed", error=f"out of GPU memory: lower batch, detector_batch or size ({str(e)[:200]})", trace=traceback.format_exc())
         return 1
     except Exception as e:
@@ -599,7 +639,7 @@ def main(
         print(e if known else traceback.format_exc(), file=sys.stderr)
         return 1
 
-# %% ../nbs/04_train.ipynb #00499b0d
+# %% ../nbs/04_train.ipynb #7c9afd93
 @dataclass
 class Launched:
     "A training process and how far its events have been read."
@@ -612,10 +652,17 @@ def launch(run: Path) -> Launched:
     "Start the training of a run in a session of its own, with its output in train.log."
     offset = tail_events(run)[1]
     with open(run / "train.log", "ab") as log:
-        process = subprocess.Popen([sys.executable, "-m", "pillsnap.train", str(run)], stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
+        process = subprocess.Popen([sys.executable, *training_command(run)], stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
                                    cwd=load_settings().project, env={"OMP_WAIT_POLICY": "PASSIVE"} | os.environ)  # spinning threads starve the loader where cores are few
     append_event(run, "launched", pid=process.pid)
     return Launched(run, process, offset)
+
+
+def training_command(run: Path) -> list[str]:
+    "Give the arguments of Python that train a run: one process, or one for each GPU."
+    record = read_json(run / "run.json")
+    several = torch.cuda.device_count() if record["device"] == "cuda" and record["stage"]["strategy"] in ("classifier", "sequential") else 1
+    return [*(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(several)] if several > 1 else []), "-m", "pillsnap.train", str(run)]
 
 # %% ../nbs/04_train.ipynb #52a47be8
 def follow(launched: Launched, on_event: Callable[[dict], None] = lambda event: None) -> dict[str, Any]:  # the run's `end` event

@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 from datetime import datetime
+from itertools import count
 
 import pytest
 import torch
@@ -103,9 +104,9 @@ def kill_until_done(run, chance, seconds, most):
 
 
 def test_a_killed_training_goes_on_to_the_same_bits(straight, prepared, tmp_path):
-    chance, kills, wanted, seconds = random.Random(3), 0, weights(straight), seconds_of(straight)
+    chance, kills, wanted, seconds, numbers = random.Random(3), 0, weights(straight), seconds_of(straight), count()
     while kills < KILLS:
-        run = copy_run(prepared, tmp_path / f"run-{kills}")
+        run = copy_run(prepared, tmp_path / f"run-{next(numbers)}")
         kills += kill_until_done(run, chance, seconds, KILLS - kills)
         found = weights(run)
         assert found.keys() == wanted.keys() and [k for k in wanted if not torch.equal(found[k], wanted[k])] == []
