@@ -180,7 +180,7 @@ class Stage(DetectorFields):
         "Name of the stage's outputs: `stage_3`, or `stage_0-pushin` for other data."
         return f"stage_{self.stage}" + (f"-{self.name}" if self.name else "")
 
-# %% ../nbs/00_core.ipynb #d9271f77
+# %% ../nbs/00_core.ipynb #4852c045
 V2_S, V2_L = "tf_efficientnetv2_s.in21k_ft_in1k", "tf_efficientnetv2_l.in21k_ft_in1k"
 GPU = Stage(pretrained=True, lr=5e-4, weight_decay=0.05, batch=64, label_smoothing=0.1, framing=0.5,
             detector="yolo11m", detector_size=640, detector_epochs=50, detector_batch=16, detector_lr=1e-3, detector_patience=15)
@@ -190,15 +190,15 @@ STAGES = {row.stage: row for row in (
           gates=dict(test_top1=0.95, pipeline_pill_top1=0.95, det_map50=0.90, tray_exact=0.80)),
     replace(GPU, stage="1", images=5_000, classes=50, model=V2_S, size=224, epochs=20, hours=2,
             gates=dict(test_top1=0.40, det_map50=0.30)),
-    replace(GPU, stage="2", base="1", images=25_000, classes=250, model=V2_S, size=224, epochs=20, hours=8,
+    replace(GPU, stage="2", base="1", images=25_000, classes=250, model=V2_S, size=288, size_from=224, resize="step", epochs=20, hours=8,
             gates=dict(test_top1=0.60, test_top5=0.80, test_macro_f1=0.55, det_map50=0.50)),
-    replace(GPU, stage="3", base="2", images=100_000, classes=1_000, model=V2_L, size=224, epochs=15, hours=16, detector="yolo11x",
+    replace(GPU, stage="3", base="2", images=100_000, classes=1_000, model=V2_L, size=384, size_from=224, resize="linear", batch=32, epochs=15, hours=16, detector="yolo11x",
             gates=dict(test_top1=0.85, test_top5=0.95, test_macro_f1=0.80, det_map50=0.75, pipeline_p95_ms=100)),
-    replace(GPU, stage="4", base="3", images=500_000, classes=4_023, model=V2_L, size=384, epochs=10, hours=48, detector="yolo11x",
+    replace(GPU, stage="4", base="3", images=500_000, classes=4_023, model=V2_L, size=384, batch=32, epochs=10, hours=48, detector="yolo11x",
             gates=dict(test_top1=0.92, test_top5=0.98, test_macro_f1=0.88, det_map50=0.85, det_map50_95=0.65, pipeline_p95_ms=100)),
 )}
 
-# %% ../nbs/00_core.ipynb #11ad7553
+# %% ../nbs/00_core.ipynb #e8825e2c
 AT_MOST = ("train_hours", "pipeline_p95_ms")  # metrics whose gate is an upper limit
 
 
@@ -209,7 +209,8 @@ def stage_table(
     import pandas as pd
 
     columns = "images classes model size epochs detector detector_size hours".split()
-    rows = {s.key: {c: getattr(s, c) for c in columns} | {"gates": " ".join(f"{k}{'≤' if k in AT_MOST else '≥'}{v}" for k, v in s.gates.items())} for s in stages.values()}
+    rows = {s.key: {c: getattr(s, c) for c in columns} | {"size": str(s.size) if s.resize == "none" else f"{s.size_from} → {s.size}", "gates": " ".join(f"{k}{'≤' if k in AT_MOST else '≥'}{v}" for k, v in s.gates.items())}
+            for s in stages.values()}
     return pd.DataFrame(rows).T
 
 # %% ../nbs/00_core.ipynb #b9cb4e18

@@ -6,9 +6,10 @@
 __all__ = ['SHIFT', 'LEAST_CONTEXT', 'SHARD', 'FACTS', 'SAMPLED', 'TrainingCut', 'Batch', 'MOST_AHEAD', 'make_augmentation',
            'CacheCut', 'plan_cut', 'cut_wide', 'encode', 'decode', 'reading_order', 'group_photos', 'Builder',
            'shard_folder', 'is_whole', 'build_shards', 'keep', 'quiet_worker', 'Cache', 'open_cache', 'map_bytes',
-           'find_damage', 'finish_cache', 'open_finished', 'find_spoiled', 'can_read', 'ensure_cache', 'complete',
-           'estimate_bytes', 'choose_kind', 'Photos', 'cut_randomly', 'PillDataset', 'epoch_order', 'load_batch',
-           'Batches', 'load_in_threads', 'in_turn', 'Chunks', 'load_in_processes', 'batches', 'stage_batches']
+           'find_damage', 'finish_cache', 'photo_sizes', 'were_replaced', 'open_finished', 'find_spoiled', 'can_read',
+           'ensure_cache', 'complete', 'estimate_bytes', 'choose_kind', 'Photos', 'cut_randomly', 'PillDataset',
+           'epoch_order', 'load_batch', 'Batches', 'load_in_threads', 'in_turn', 'Chunks', 'load_in_processes',
+           'batches', 'stage_batches']
 
 # %% ../nbs/03a_data.ipynb #666a3d88
 import copy
@@ -266,7 +267,7 @@ def find_damage(cache: Cache, workers: int) -> set[int]:  # shards
     with ThreadPoolExecutor(max(1, workers)) as pool:
         return {int(cache.facts[row]["shard"]) for row, bad in enumerate(pool.map(wrong, range(len(cache)), chunksize=64)) if bad}
 
-# %% ../nbs/03a_data.ipynb #a99adc93
+# %% ../nbs/03a_data.ipynb #21cfab17
 def finish_cache(builder: Builder) -> None:
     "Write the table of all shards, in the order of the pills: from now on the cache is complete."
     folders, facts = [shard_folder(builder.folder, n) for n in range(len(builder))], np.zeros(len(builder.order), FACTS)
@@ -274,7 +275,19 @@ def finish_cache(builder: Builder) -> None:
     errors = {row: text for folder in folders for row, text in read_json(folder / "shard.json")["errors"].items()}
     with atomic_path(builder.folder / "facts.npy") as part, open(part, "wb") as file:
         np.save(file, facts)
-    write_json(builder.folder / "cache.json", {"cut": asdict(builder.cut), "pills": len(facts), "shards": len(builder), "bytes": int(facts["bytes"].sum()), "errors": errors})
+    write_json(builder.folder / "cache.json", {"cut": asdict(builder.cut), "pills": len(facts), "shards": len(builder), "bytes": int(facts["bytes"].sum()), "sizes": photo_sizes(builder), "errors": errors})
+
+
+def photo_sizes(builder: Builder, most: int = 64) -> list[int]:  # bytes
+    "Look at the sizes of some photos, or of the archives they lie in; raises PillSnapError where one is not there."
+    rows = np.unique(np.linspace(0, len(builder.pills) - 1, min(most, len(builder.pills))).astype(int))
+    return [pill_source(builder.pills.iloc[row], builder.roots).stamp()[0] for row in rows]
+
+
+def were_replaced(builder: Builder) -> bool:
+    "Say whether most photos have other sizes than when the cache was built."
+    before, now = read_json(builder.folder / "cache.json")["sizes"], photo_sizes(builder)
+    return sum(a != b for a, b in zip(before, now)) > len(now) / 2
 
 
 def open_finished(builder: Builder) -> Cache | None:  # None: not built to the end, or its table is damaged
@@ -298,7 +311,7 @@ def can_read(builder: Builder, row: int) -> bool:
     except PillSnapError:
         return False
 
-# %% ../nbs/03a_data.ipynb #4dbced26
+# %% ../nbs/03a_data.ipynb #4df25268
 def ensure_cache(
     pills: pd.DataFrame,  # rows of a manifest: root, image, offset, packed, x, y, w, h
     roots: Sequence[Path],
@@ -314,6 +327,9 @@ def ensure_cache(
     builder = Builder(pills, roots, cut, settings.work / "cache" / key, reading_order(pills))
     with lock(settings, f"cache-{key}"):
         cache = open_finished(builder)
+        if cache and were_replaced(builder):
+            shutil.rmtree(builder.folder)
+            cache = None
         for shard in find_spoiled(builder, cache, workers) if cache else ():
             shutil.rmtree(shard_folder(builder.folder, shard))
         missing = [n for n in range(len(builder)) if not is_whole(builder, n)]
