@@ -5,7 +5,7 @@
 
 Prints Markdown tables. Photos are drawn at the real size, 976 x 1280. Every number is the best of --times, after a round that does not count; the
 sides take turns within a round, and files are in the disk's cache. A loader's rate is its steady one: the clock starts when as many batches
-have arrived as there are workers, so starting threads and processes counts for no side.
+have arrived as there are workers, so starting threads and processes counts for no side. On a machine with other work, --patience measures again what that disturbed.
 
 The stock loader is what a user of timm, torchvision or fastai writes: Pillow, the same square cut, Resize, ToTensor, Normalize, workers that stay. A
 limit is the sum of what cannot be left out (decode, cut, recipe, normalisation), each measured alone on as many cores; the share is how much of it is reached.
@@ -26,6 +26,7 @@ from importlib.metadata import version
 from itertools import product
 from multiprocessing.pool import Pool
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -265,10 +266,28 @@ def limit_rates(pills: pd.DataFrame, root: Path, caches: dict[str, Cache], pre: 
 
 # Measuring
 
-def best_rates(measures: dict, seconds: float, times: int) -> dict:
+def time_of_others() -> tuple[float, float]:  # seconds of all cores, seconds by the clock
+    "Say how long the cores have worked for anything but this process and its children."
+    spent, children = psutil.cpu_times(), psutil.Process().children(recursive=True)
+    own = sum(os.times()[:4]) + sum(sum(child.cpu_times()[:2]) for child in children)
+    return sum(spent) - spent.idle - spent.iowait - own, time.monotonic()
+
+
+def undisturbed(measure: Callable[[], Any], deadline: float) -> Any:
+    "Measure again, until the deadline, while other work takes more than a twentieth of the cores."
+    while True:
+        before = time_of_others()
+        found = measure()
+        busy, seconds = np.subtract(time_of_others(), before)
+        if busy < seconds * os.cpu_count() / 20 or time.monotonic() > deadline:
+            return found
+        time.sleep(1)
+
+
+def best_rates(measures: dict, given: argparse.Namespace) -> dict:
     "Measure in turn, several times after a round to warm up, and give the best rates."
-    images = {name: BATCH * max(LEAST, round(measure(WARM * BATCH) * seconds / BATCH)) for name, measure in measures.items()}
-    rounds = [{name: measure(images[name]) for name, measure in measures.items()} for _ in range(times)]
+    images = {name: BATCH * max(LEAST, round(measure(WARM * BATCH) * given.seconds / BATCH)) for name, measure in measures.items()}
+    rounds = [{name: undisturbed(lambda: measure(images[name]), given.deadline) for name, measure in measures.items()} for _ in range(given.times)]
     return {name: max(found[name] for found in rounds) for name in measures}
 
 
@@ -323,7 +342,7 @@ def measure_loading(pills: pd.DataFrame, root: Path, side: int, scratch: Path, p
     caches = {kind: ensure_cache(pills, [root], cut_of(side, kind), settings, "benchmark", given.workers, quietly) for kind in KINDS}
     away, sizes = compare_inputs(pills, root, caches, pre), {kind: cache.facts["bytes"].mean() / 1e3 for kind, cache in caches.items()}
     limits = limit_rates(pills, root, caches, pre, scratch, pool, given.workers, device)
-    rates = best_rates(stock_rates(pills, root, pre, given.workers, device) | limits | our_rates(pills, caches, pre, given.workers, device), given.seconds, given.times)
+    rates = best_rates(stock_rates(pills, root, pre, given.workers, device) | limits | our_rates(pills, caches, pre, given.workers, device), given)
     auto = {framing: "threads" if batches(make_dataset(framing, pills, caches["raw"], pre), [0, 1], 1, workers=2).threads else "processes" for framing in FRAMINGS}
     print(f"\n## Squares of {side} px, model input {pre.size} px\n\nplan_cut keeps {plan_cut(replace(STAGE, size=pre.size), 'raw').side} px for such a model. A square takes {sizes['jpeg']:.0f} kB as JPEG, "
           f"{sizes['raw']:.0f} kB as pixels. Inputs differ from the stock loader's by {away['raw']:.1f} grey levels from pixels, {away['jpeg']:.1f} from JPEG. to_input runs on {device}.")
@@ -364,15 +383,16 @@ def photo_seconds(pills: pd.DataFrame, roots: list[Path], cut: CacheCut, photos:
     return spent / len(pills.iloc[:: max(1, len(pills) // photos)])
 
 
-def build_table(trees: dict[str, Path], side: int, scratch: Path, workers: int, times: int) -> pd.DataFrame:
+def build_table(trees: dict[str, Path], side: int, scratch: Path, given: argparse.Namespace) -> pd.DataFrame:
     "Compare builds with their limit."
     jobs = {}
     for (source, root), kind in product(trees.items(), KINDS):
         pills = read_pills(root)
         copies = -(-BUILT // len(pills))  # the same photos under several roots: read and decoded anew each time
         jobs[source, kind] = pd.concat([pills.assign(root=n) for n in range(copies)], ignore_index=True), [root] * copies, cut_of(side, kind)
-    rounds = [{job: (build_seconds(*args, scratch, workers), photo_seconds(*args)) for job, args in jobs.items()} for _ in range(times)]
-    return pd.DataFrame([build_row(job, len(jobs[job][0]), min(r[job][0] for r in rounds), min((r[job][1] for r in rounds), key=sum), workers) for job in jobs])
+    measure = lambda args: (undisturbed(lambda: build_seconds(*args, scratch, given.workers), given.deadline), undisturbed(lambda: photo_seconds(*args), given.deadline))
+    rounds = [{job: measure(args) for job, args in jobs.items()} for _ in range(given.times)]
+    return pd.DataFrame([build_row(job, len(jobs[job][0]), min(r[job][0] for r in rounds), min((r[job][1] for r in rounds), key=sum), given.workers) for job in jobs])
 
 
 def build_row(job: tuple[str, str], photos: int, seconds: float, parts: np.ndarray, workers: int) -> dict:
@@ -399,12 +419,6 @@ def describe_machine() -> str:
     return f"{os.cpu_count()} cores, {models[0] if models else platform.processor()}, {pick_device()}; Python {platform.python_version()}, {packages}, PNG of Pillow by zlib{'-ng ' + features.version('zlib_ng') if features.check('zlib_ng') else ' ' + features.version('zlib')}"
 
 
-def time_of_others() -> tuple[float, float]:  # seconds of all cores, seconds by the clock
-    "Say how long the cores have worked for other processes; children count when they have ended."
-    spent = psutil.cpu_times()
-    return sum(spent) - spent.idle - spent.iowait - sum(os.times()[:4]), time.time()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=int, default=192, help=f"drawn photos, in whole {VIEWS}")
@@ -412,22 +426,24 @@ def main() -> None:
     parser.add_argument("--side", type=int, nargs="+", default=[384, 288], help="sides of the cached squares, px")
     parser.add_argument("--seconds", type=float, default=1.2, help="length of a measurement")
     parser.add_argument("--times", type=int, default=3, help="of which the best counts")
+    parser.add_argument("--patience", type=float, default=0, help="minutes after the start, until which a disturbed measurement is repeated")
     parser.add_argument("--no-build", action="store_true", help="leave out the building of caches")
+    parser.add_argument("--no-loading", action="store_true", help="leave out everything else")
     parser.add_argument("--where", default=None, help="folder for scratch files")
     given = parser.parse_args()
     cv2.setNumThreads(0)  # the workers are the parallelism, on both sides
     print(describe_machine())
-    before = time_of_others()
+    before, given.deadline = time_of_others(), time.monotonic() + 60 * given.patience
     with scratch_folder(given.where) as scratch, multiprocessing.get_context("fork").Pool(given.workers, quiet_worker, (0,)) as pool:
         tree, zips = draw_photos(scratch, given.photos)
         pills = read_pills(tree)
         size = np.mean([(tree / image).stat().st_size for image in pills.image]) / 1e6
         print(f"\n{len(pills)} drawn photos, PNG of {size:.2f} MB on average; batches of {BATCH}, {given.workers} workers, best of {given.times}")
-        for side in given.side:
+        for side in given.side if not given.no_loading else ():
             measure_loading(pills, tree, side, scratch, pool, given)
         if not given.no_build:
-            show(f"Building a cache, squares of {given.side[0]} px, {given.workers} workers", build_table({"folders": tree, "a ZIP": zips}, given.side[0], scratch, given.workers, given.times))
-    busy, seconds = (after - earlier for after, earlier in zip(time_of_others(), before))
+            show(f"Building a cache, squares of {given.side[0]} px, {given.workers} workers", build_table({"folders": tree, "a ZIP": zips}, given.side[0], scratch, given))
+    busy, seconds = np.subtract(time_of_others(), before)
     print(f"\nThe run took {seconds / 60:.0f} minutes; other work meanwhile kept {busy / seconds:.2f} of {os.cpu_count()} cores busy.")
 
 

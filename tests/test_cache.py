@@ -108,7 +108,7 @@ def drawn(tmp_path_factory):
 @pytest.fixture
 def plan_build(drawn, tmp_path):
     "Plan a cache of the tree in a folder of the test's own."
-    return lambda name="work", **more: Build(drawn[1], drawn[0], tmp_path / name, **more)
+    return lambda name="work", **more: replace(Build(drawn[1], drawn[0], tmp_path / name), **more)
 
 
 @pytest.fixture
@@ -125,13 +125,13 @@ def lone(drawn, tmp_path_factory):
 
 
 def living(session):
-    "The processes of a session."
-    def belongs(process):
-        try:
-            return os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE
-        except (ProcessLookupError, psutil.NoSuchProcess):
-            return False
-    return [process for process in psutil.process_iter() if belongs(process)]
+    "The states of a session's processes, by their numbers."
+    found = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                found[process.pid] = process.status()
+    return found
 
 
 def wait_until(there, seconds=60):
@@ -171,6 +171,12 @@ class Child:
         "Send a signal to all processes of the session."
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
+
+    def freeze(self):
+        "Stop all processes of the session, and wait until they are; say how many there are."
+        self.signal(signal.SIGSTOP)
+        wait_until(lambda: set(living(self.process.pid).values()) <= {psutil.STATUS_STOPPED})
+        return len(living(self.process.pid))
 
     def kill(self):
         "Kill the whole session, and wait until nothing of it is left."
@@ -219,6 +225,19 @@ def stop_workers_at_birth(build):
     finish(build)
 
 
+def stop_worker_at(step, build):
+    "Build with a worker that stops before it opens a file, makes a folder or renames one for the given time."
+    builder, left = os.getpid(), [step]
+
+    def hook(event, given):
+        if os.getpid() != builder and event in ("open", "os.mkdir", "os.rename") and str(given[0]).startswith(str(build.work / "cache")):
+            left[0] -= 1
+            if left[0] == -1:
+                os.kill(os.getpid(), signal.SIGSTOP)
+    sys.addaudithook(hook)
+    finish(build)
+
+
 def finish_waking(build, session):
     "Build to the end; just before what another builder left is removed, the workers of that go on, until they have put it in its place or given up."
     def hook(event, given):
@@ -232,15 +251,18 @@ def finish_waking(build, session):
 
 def freeze_in_a_shard(begin, build):
     "Stop a builder and its workers, each of which has built some shards, while a shard is being written."
-    builder = begin(finish, build)
-    wait_until(lambda: len(stamps(build.folder)) >= 2 * build.workers)
-    while True:
-        builder.signal(signal.SIGSTOP)
-        if list(build.folder.glob(".0*.part/pixels.bin")):
-            return builder
-        assert not (build.folder / "cache.json").exists(), "it was done before it could be stopped"
-        builder.signal(signal.SIGCONT)
-        time.sleep(0.001)
+    for _ in range(20):
+        builder = begin(finish, build)
+        wait_until(lambda: len(stamps(build.folder)) >= 2 * build.workers)
+        while not (build.folder / "cache.json").exists():
+            builder.freeze()
+            if list(build.folder.glob(".0*.part/pixels.bin")):
+                return builder
+            builder.signal(signal.SIGCONT)
+            time.sleep(0.001)
+        builder.kill()
+        shutil.rmtree(build.folder)
+    raise AssertionError("all were done before they could be stopped")
 
 
 class TestKills:
@@ -248,13 +270,14 @@ class TestKills:
     def test_killed_at_random_moments_it_is_incomplete_or_whole_and_goes_on(self, begin, plan_build, lone, kind):
         "Builder and workers are killed at once; whenever a cache was complete before that, the next one is begun."
         build, whole, rng, met = plan_build(kind=kind), lone[kind], random.Random(7), Counter()
-        for _ in range(max(1, KILLS // 2)):
+        for number in range(KILLS + 100):
+            if number >= KILLS // 2 and met["incomplete"] and met["with workers"]:
+                break
             before, more = stamps(build.folder), rng.randrange(1, 6)
             builder = begin(finish, build)
             wait_until(lambda: len(stamps(build.folder)) >= min(SHARDS, len(before) + more))
             time.sleep(rng.uniform(0, 0.02))
-            builder.signal(signal.SIGSTOP)
-            met["with workers"] += len(living(builder.process.pid)) > 1
+            met["with workers"] += builder.freeze() > 1
             builder.kill()
             found = {name: content for name, content in contents(build.folder).items() if ".part" not in name}
             assert found.items() <= whole.items() and before.items() <= stamps(build.folder).items()
@@ -270,7 +293,7 @@ class TestKills:
     def test_workers_that_have_only_just_begun_leave_when_their_builder_is_killed(self, begin, plan_build):
         build = plan_build()
         builder = begin(stop_workers_at_birth, build)
-        wait_until(lambda: sum(process.status() == psutil.STATUS_STOPPED for process in living(builder.process.pid)) == build.workers)
+        wait_until(lambda: list(living(builder.process.pid).values()).count(psutil.STATUS_STOPPED) == build.workers)
         builder.process.kill()
         builder.process.join()
         builder.signal(signal.SIGCONT)
@@ -286,22 +309,38 @@ class TestKills:
         assert 0 < len(before) < SHARDS and second.answer() == build.folder.name
         assert contents(build.folder) == lone["jpeg"] and before.items() <= stamps(build.folder).items()
 
-    @pytest.mark.parametrize("work", [finish, finish_waking], ids=["when another builder is done", "while it clears up"])
-    def test_workers_left_alone_spoil_nothing_and_leave(self, begin, plan_build, lone, work):
+    def test_workers_left_alone_do_not_stop_another_builder(self, begin, plan_build, lone):
         "As when memory runs out: only their builder is killed, while they are in the middle of a shard."
         build = plan_build()
         first = freeze_in_a_shard(begin, build)
         first.process.kill()
         first.process.join()
-        second = begin(work, build, *[first.process.pid][: work is finish_waking])
-        assert second.answer() == build.folder.name and contents(build.folder).items() >= lone["jpeg"].items()
-        first.signal(signal.SIGCONT)
+        assert begin(finish_waking, build, first.process.pid).answer() == build.folder.name
         wait_until(lambda: not living(first.process.pid), 30)
         assert contents(build.folder) == lone["jpeg"]
 
+    def test_a_worker_left_alone_at_any_moment_spoils_nothing_and_leaves(self, begin, plan_build):
+        "It goes on when another builder is done."
+        one = plan_build(workers=0, pills=plan_build().pills[-SHARD:])
+        whole, left = contents(one.run().folder), []
+        for step in count():
+            build = replace(one, work=one.work / f"{step}")
+            first = begin(stop_worker_at, step, replace(build, workers=1))
+            wait_until(lambda: psutil.STATUS_STOPPED in living(first.process.pid).values() or not first.process.is_alive())
+            if not first.process.is_alive():
+                break
+            first.process.kill()
+            first.process.join()
+            build.run()
+            assert contents(build.folder) == whole
+            first.signal(signal.SIGCONT)
+            left.append((first, build))
+        wait_until(lambda: not any(living(first.process.pid) for first, _ in left), 30)
+        assert len(left) > 4 and [step for step, (_, build) in enumerate(left) if contents(build.folder) != whole] == []
+
 
 def die_at(step, build):
-    "Build in this process, killed before the given rename or removal."
+    "Build in this process, killed before the given rename or removal; end it."
     left = [step]
 
     def hook(event, given):
@@ -310,7 +349,11 @@ def die_at(step, build):
             if left[0] < 0:
                 os.kill(os.getpid(), signal.SIGKILL)
     sys.addaudithook(hook)
-    build.run()
+    try:
+        build.run()
+        os._exit(0)
+    finally:
+        os._exit(1)
 
 
 def kill_everywhere(build):
@@ -322,9 +365,10 @@ def kill_everywhere(build):
         pid = os.fork()
         if not pid:
             die_at(step, build)
-            os._exit(0)
-        if os.waitpid(pid, 0)[1] != signal.SIGKILL:
+        status = os.waitpid(pid, 0)[1]
+        if status == 0:
             return made
+        assert status == signal.SIGKILL, f"step {step} ended with status {status}"
         build.run()
         made.append(contents(build.folder))
 
@@ -390,6 +434,13 @@ class TestDamage:
         build.run()
         assert contents(folder) == lone["raw"]
 
+    def test_a_whole_cache_needs_no_photo(self, plan_own, lone):
+        build = plan_own()
+        build.run()
+        photo_of(build, 0).unlink()
+        build.run()
+        assert contents(build.folder).keys() == lone["jpeg"].keys()
+
     def test_a_photo_mended_after_a_kill_is_read(self, begin, plan_own):
         build = plan_own(workers=1)
         photo = photo_of(build, reading_order(build.pills)[0])
@@ -439,9 +490,11 @@ def mount_disk(folder, size):
 
 
 def fill(disk, leave):
-    "Take all room of a disk but some bytes."
+    "Take all room of a disk but some bytes, whoever else takes some meanwhile."
     with open(disk / "filler", "wb") as file:
-        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - leave)
+        while (room := shutil.disk_usage(disk).free - leave) > 0:
+            with contextlib.suppress(OSError):
+                os.posix_fallocate(file.fileno(), os.fstat(file.fileno()).st_size, room)
 
 
 @contextlib.contextmanager
@@ -475,17 +528,18 @@ def build_twice(build, size, fullest, leave):
 
 
 def build_with_more_and_more_room(build, size):
-    "Build with no room, with a page more, with two, until it is enough: the errors, what came of it, what comes of it at once."
+    "Build one shard and the table, each with no room, with a page, with two, until it is enough: the errors, what came of it, what comes of it at once."
     mount_disk(build.work, size)
-    core.FULLEST, data.SHARD, told = 2.0, 128, []
-    for pages in count():
+    core.FULLEST, data.SHARD, told, room = 2.0, 128, [], count()
+    while not (build.folder / "cache.json").exists():
+        before = stamps(build.folder)
         try:
-            build.run(partial(filled_from_the_start, build.work, pages * 4096))
-            (build.work / "filler").unlink()
-            return told, contents(build.folder), contents(replace(build, work=build.work / "lone").run().folder)
+            build.run(partial(filled_from_the_start, build.work, next(room) * 4096))
         except PillSnapError as e:
             told.append(str(e))
         (build.work / "filler").unlink()
+        room = room if stamps(build.folder) == before else count()
+    return told, contents(build.folder), contents(replace(build, work=build.work / "lone").run().folder)
 
 
 class TestFullDisk:
@@ -521,7 +575,8 @@ class TestPhotos:
         synthesise(tmp_path / "tree", replace(SMALL, **form))
         build = replace(plan_build(), root=tmp_path / "tree", pills=tabulate(tmp_path / "tree"))
         assert (build.pills.photo == plan_build().pills.photo).all() and build.pills.image.str.contains(".zip/").all()
-        assert contents(build.run().folder) == lone["jpeg"]
+        made = contents(build.run().folder)
+        assert made.pop("cache.json") and made.items() < lone["jpeg"].items() and len(made) == len(lone["jpeg"]) - 1
 
     def test_broken_photos_are_listed_and_the_others_kept(self, plan_own, plan_build):
         build, good = plan_own(), plan_build("good").run()
