@@ -330,7 +330,7 @@ def save_problems(wrong: Any, path: Path) -> None:
         wrong.assign(remedy=wrong.what.map(REMEDIES | REGISTRY_REMEDIES)).to_csv(part, index=False)
     print(f"{int(wrong['count'].sum())} problems in {path}")
 
-# %% ../nbs/10_cli.ipynb #ca89ede7
+# %% ../nbs/10_cli.ipynb #1ca20eb3
 @app.command()
 def doctor(
     stage: StageOption = "0",
@@ -347,7 +347,7 @@ def doctor(
     roots = open_roots(data_root or ("" if stage == "0" else settings.data_root))
     show_diagnosis(examine(Parameters(resolved, roots, settings, {})), resolved)
 
-
+# %% ../nbs/10_cli.ipynb #974101fd
 def show_diagnosis(found: Any, stage: Stage) -> None:
     "Print what the doctor found: the limits first."
     from rich.console import Console
@@ -363,7 +363,7 @@ def show_diagnosis(found: Any, stage: Stage) -> None:
     for finding in found.findings:
         console.print(f"{'[yellow]![/yellow]' if finding.remedy else '[green]✓[/green]'} {finding.topic}: {finding.said}" + (f"\n  [green]try[/green] {finding.remedy}" if finding.remedy else ""), soft_wrap=True)
 
-
+# %% ../nbs/10_cli.ipynb #d53ba079
 def lay_table(names: list[str], rows: list[tuple[str, ...]]) -> Any:
     "Lay out a table: the second column and those with figures to the right."
     from rich.table import Table

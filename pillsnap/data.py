@@ -126,7 +126,7 @@ def group_photos(pills: pd.DataFrame, rows: Sequence[int]) -> Iterator[list[int]
         group.append(row)
     yield group
 
-# %% ../nbs/03a_data.ipynb #ed4a285f
+# %% ../nbs/03a_data.ipynb #6ced9633
 @dataclass(frozen=True, eq=False)
 class Builder(Dataset):
     "Builds shards; a loader's processes call it by number."
@@ -175,7 +175,7 @@ class Builder(Dataset):
             except PillSnapError as e:
                 yield from ((row, e) for row in group)
 
-
+# %% ../nbs/03a_data.ipynb #c7462404
 def shard_folder(folder: Path, shard: int) -> Path:
     "Name the folder of a shard."
     return folder / f"{shard:05}"
@@ -267,7 +267,7 @@ def find_damage(cache: Cache, workers: int) -> set[int]:  # shards
     with ThreadPoolExecutor(max(1, workers)) as pool:
         return {int(cache.facts[row]["shard"]) for row, bad in enumerate(pool.map(wrong, range(len(cache)), chunksize=64)) if bad}
 
-# %% ../nbs/03a_data.ipynb #21cfab17
+# %% ../nbs/03a_data.ipynb #3d30e215
 def finish_cache(builder: Builder) -> None:
     "Write the table of all shards, in the order of the pills: from now on the cache is complete."
     folders, facts = [shard_folder(builder.folder, n) for n in range(len(builder))], np.zeros(len(builder.order), FACTS)
@@ -289,7 +289,7 @@ def were_replaced(builder: Builder) -> bool:
     before, now = read_json(builder.folder / "cache.json")["sizes"], photo_sizes(builder)
     return sum(a != b for a, b in zip(before, now)) > len(now) / 2
 
-
+# %% ../nbs/03a_data.ipynb #812d283e
 def open_finished(builder: Builder) -> Cache | None:  # None: not built to the end, or its table is damaged
     "Open a cache if it is complete."
     try:
@@ -311,7 +311,7 @@ def can_read(builder: Builder, row: int) -> bool:
     except PillSnapError:
         return False
 
-# %% ../nbs/03a_data.ipynb #4df25268
+# %% ../nbs/03a_data.ipynb #5db717af
 def ensure_cache(
     pills: pd.DataFrame,  # rows of a manifest: root, image, offset, packed, x, y, w, h
     roots: Sequence[Path],
@@ -337,7 +337,7 @@ def ensure_cache(
             complete(builder, missing, workers, show)
         return open_cache(builder.folder, cut)
 
-
+# %% ../nbs/03a_data.ipynb #16ceed75
 def complete(builder: Builder, missing: Sequence[int], workers: int, show: Callable[[str, int], Any]) -> None:
     "Build what is missing of a cache, after asking for its space."
     for left in builder.folder.glob(".*.part"):  # of a builder that was killed
@@ -381,7 +381,7 @@ def choose_kind(stage: Stage, pills: pd.DataFrame, roots: Sequence[Path], settin
             said = str(e)
     return "off", said
 
-# %% ../nbs/03a_data.ipynb #51abd2db
+# %% ../nbs/03a_data.ipynb #4bc5ca10
 @dataclass(frozen=True, eq=False)
 class Photos:
     "The pills of a table, each read from its photo."
@@ -404,7 +404,7 @@ class Photos:
 
 TrainingCut = Callable[[np.ndarray, Sequence[float], int, float, int, tuple[float, float], np.random.Generator], np.ndarray]  # picture, box, row, margin, size, shift, rng → crop
 
-
+# %% ../nbs/03a_data.ipynb #156f37b4
 def cut_randomly(
     picture: np.ndarray,  # (h, w, 3) uint8, the photo or what is kept of it
     box: Sequence[float],  # x, y, w, h in px
@@ -505,7 +505,7 @@ class Batches:
             return (load_batch(self.dataset, chunk) for chunk in self.chunks)
         return load_in_threads(self) if self.threads else load_in_processes(self)
 
-# %% ../nbs/03a_data.ipynb #fd93799a
+# %% ../nbs/03a_data.ipynb #fbc44958
 def load_in_threads(batches: Batches) -> Iterator[Batch]:
     "Load batches in threads of this process."
     own, threads = threading.local(), cv2.getNumThreads()
@@ -524,7 +524,7 @@ def load_in_threads(batches: Batches) -> Iterator[Batch]:
     finally:
         cv2.setNumThreads(threads)
 
-
+# %% ../nbs/03a_data.ipynb #de23fad5
 def in_turn(submit: Callable, work: Callable, items: Iterable, ahead: int) -> Iterator:
     "Do work in a pool and give its results in order, at most so many of them ahead; what is not wanted any more is not begun."
     waiting: deque = deque()

@@ -41,7 +41,7 @@ from .synthetic import make_looks, photo_single
 from .train import classifier_pills
 from .trees import ensure_synthetic
 
-# %% ../nbs/04b_doctor.ipynb #7fdf6521
+# %% ../nbs/04b_doctor.ipynb #b53621c7
 SAMPLE = 96  # pills measured
 PHOTO = (1280, 976)  # px, height and width of a studio photo
 
@@ -57,7 +57,7 @@ class Sample:
     trays: int  # photos that train the detector, without composed ones
     files: Sequence[Path] = ()  # of the data, where the pills are drawn ones
 
-
+# %% ../nbs/04b_doctor.ipynb #c0fd622a
 def take_sample(plan: Parameters, scratch: Path) -> Sample:
     "Choose pills evenly from the stage's manifest, or draw some."
     stage, folder = plan.stage, plan.settings.manifests / plan.key
@@ -185,7 +185,7 @@ def wait_for(device: str) -> None:
     elif device == "mps":
         torch.mps.synchronize()
 
-# %% ../nbs/04b_doctor.ipynb #d5a3fb42
+# %% ../nbs/04b_doctor.ipynb #07894a3c
 @dataclass(frozen=True)
 class Computing:
     "How fast the device trains."
@@ -211,7 +211,7 @@ def rate_computing(stage: Stage, classes: int, device: str, seconds: float = 3.0
     training.free()
     return Computing(rate, wide, batch, memory)
 
-
+# %% ../nbs/04b_doctor.ipynb #c84464f6
 def step_rate(training: Any, stage: Stage, batch: int, seconds: float) -> float:  # images per second
     "Time steps of one batch size: one to warm up, then at least one."
     pre, loss = model_preprocess(stage), nn.CrossEntropyLoss()
@@ -226,7 +226,7 @@ def step_rate(training: Any, stage: Stage, batch: int, seconds: float) -> float:
         step(0)
     return batch / seconds_each(step, range(200), seconds)
 
-# %% ../nbs/04b_doctor.ipynb #1acbcf20
+# %% ../nbs/04b_doctor.ipynb #f010420a
 @dataclass(frozen=True)
 class Limit:
     "The slowest link of a chain, and what would help."
@@ -242,7 +242,7 @@ LOADING = {
     "decode": "cache=raw if the memory holds it, cache=jpeg if not; a smaller cache_side; more cores",
     "augmentation": "a lower augment or backgrounds; more cores"}
 
-
+# %% ../nbs/04b_doctor.ipynb #b169f30e
 def find_limit(
     links: dict[str, float],  # disk, decode, augmentation: seconds for one crop in one worker
     loading: float,  # images per second that the loader gives
@@ -265,7 +265,7 @@ def find_limit(
         return Limit("copy", copying, others, "batches reach the device more slowly than it takes them", "pin=on; fewer other processes on the bus; a smaller size")
     return Limit("compute", computing.rate, others, *explain_compute(computing))
 
-
+# %% ../nbs/04b_doctor.ipynb #b54938fe
 def explain_compute(computing: Computing) -> tuple[str, str]:  # why, remedy
     "Say why the device is slow: small batches, or itself."
     if computing.wide and computing.wide > 1.5 * computing.rate:
@@ -273,7 +273,7 @@ def explain_compute(computing: Computing) -> tuple[str, str]:  # why, remedy
                 f"batch={4 * computing.batch}, with lr raised by the same factor or its root")
     return "the device computes and everything else waits for it, as it should be", "a faster device, precision=bf16, a smaller model or size; the loading needs nothing"
 
-# %% ../nbs/04b_doctor.ipynb #68d85ff3
+# %% ../nbs/04b_doctor.ipynb #eba10fd7
 @dataclass(frozen=True)
 class Finding:
     "One thing looked at."
@@ -296,7 +296,7 @@ def find_gpu(device: str) -> Finding:
     busy = f"{len(others)} other processes hold {taken:.1f} GB (pid {', '.join(str(p.pid) for p in others)})"
     return Finding("GPU", f"{said}; {busy}" if others else said, "stop them, or set PILLSNAP_DEVICE to another GPU" if taken > 1 else "")
 
-
+# %% ../nbs/04b_doctor.ipynb #29be1222
 def find_memory(workers: int) -> list[Finding]:
     "Look at memory, and at the shared memory through which loader processes hand over batches."
     memory = psutil.virtual_memory()
@@ -307,7 +307,7 @@ def find_memory(workers: int) -> list[Finding]:
         found.append(Finding("shared memory", f"{free / 1e9:.2f} GB", "containers get 64 MB: start yours with --shm-size=8g, or loader=threads" if free < 1e9 else ""))
     return found
 
-# %% ../nbs/04b_doctor.ipynb #6b9ced63
+# %% ../nbs/04b_doctor.ipynb #84e90eba
 def find_space(settings: Settings) -> Finding:
     "Look at the space of the work folder's disk."
     room, used = disk_room(settings.work)
@@ -335,7 +335,7 @@ def find_weights(stage: Stage) -> Finding:
     here = name and any(isinstance(try_to_load_from_cache(name, file), str) for file in ("model.safetensors", "pytorch_model.bin"))
     return Finding("weights", f"{stage.model} is {'at hand' if here else 'not on this machine'}", "" if here else "they are fetched when the training starts; without a network give weights=FILE, or set HF_ENDPOINT to a mirror")
 
-
+# %% ../nbs/04b_doctor.ipynb #f8c2aba0
 def find_detector_weights(stage: Stage) -> Finding:
     "Say what the detector starts from."
     if not stage.detector_weights:
@@ -411,7 +411,7 @@ def count_weights(stage: Stage) -> int:
     with torch.device("meta"):
         return sum(p.numel() for p in timm.create_model(stage.model, num_classes=stage.classes).parameters())
 
-# %% ../nbs/04b_doctor.ipynb #8d8da722
+# %% ../nbs/04b_doctor.ipynb #e4dbfc2b
 @dataclass(frozen=True)
 class Diagnosis:
     "What the doctor found."
@@ -425,7 +425,7 @@ class Diagnosis:
     why: str
     seconds: float
 
-
+# %% ../nbs/04b_doctor.ipynb #6dc2682d
 def examine(
     plan: Parameters,
     limit_s: float = 1.0,  # for one measurement; less is rougher
@@ -448,7 +448,7 @@ def examine(
         expected = outlook(stage, sample, photos, pace, kind, min(workers, cores), detector)
     return Diagnosis(limit, limit_once(photos, kind, min(workers, cores)), rate_table(links, loading, copying, computing, workers, device), look_around(plan, device), expected, sample.what, kind, why, time.perf_counter() - start)
 
-
+# %% ../nbs/04b_doctor.ipynb #59c304f0
 def existing(folder: Path) -> Path:
     "Make a folder."
     folder.mkdir(parents=True, exist_ok=True)

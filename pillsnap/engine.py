@@ -46,7 +46,7 @@ def pick_precision(
         raise PillSnapError(f"precision=fp16 needs a GPU, the device is {device!r}: take auto, bf16 or fp32")
     return {"auto": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
-# %% ../nbs/03e_engine.ipynb #166cbdbd
+# %% ../nbs/03e_engine.ipynb #595b6732
 @dataclass
 class Training:
     "Model, optimiser, schedule, scaler, average and what has been reached; `state` and `load_state` are its checkpoint."
@@ -107,7 +107,7 @@ class Training:
         if state["random"]["cuda"]:
             torch.cuda.set_rng_state_all([s.cpu() for s in state["random"]["cuda"]])
 
-
+# %% ../nbs/03e_engine.ipynb #7b7d4503
 REACHED = ("epoch", "step", "pills", "within", "total", "counted", "seconds", "epoch_began", "parts", "halved", "best")
 
 # %% ../nbs/03e_engine.ipynb #7c5faad0
@@ -129,7 +129,7 @@ def start_training(
     return Training(stage, model, optimizer, make_schedule(optimizer, stage, pills), scaler, make_average(model, stage), Mixer(stage, classes, device), precision, device,
                     parts=stage.accumulate, ranks=ranks, spread=several, compiled=torch.compile(several or model) if stage.compile else None)
 
-# %% ../nbs/03e_engine.ipynb #1c65caf8
+# %% ../nbs/03e_engine.ipynb #a51a99a5
 def take_step(
     training: Training,
     xb: torch.Tensor,  # (b, 3, s, s) float32
@@ -156,7 +156,7 @@ def take_step(
         update_average(training.average, training.model, stage, whole)
     return loss
 
-
+# %% ../nbs/03e_engine.ipynb #548f7d39
 def set_rate(training: Training) -> None:
     "Set the learning rate of the schedule, lowered if batches were halved."
     training.schedule.step_update(training.pills)
@@ -174,7 +174,7 @@ def backward(training: Training, xb: torch.Tensor, target: torch.Tensor, loss_fn
         total += loss.item()
     return total
 
-
+# %% ../nbs/03e_engine.ipynb #16e47f7c
 def forward(training: Training, xb: torch.Tensor, target: torch.Tensor, loss_fn: nn.Module) -> torch.Tensor:  # ()
     "Compute a loss; where the compiled model fails, go on with the model itself."
     autocast = torch.autocast(training.device.split(":")[0], training.precision) if training.precision else contextlib.nullcontext()
@@ -191,10 +191,10 @@ def forward(training: Training, xb: torch.Tensor, target: torch.Tensor, loss_fn:
             training.notes.append(f"torch.compile failed, the training goes on without: {type(e).__name__}: {str(e)[:200]}")
             return loss_fn(plain(xb), target)
 
-# %% ../nbs/03e_engine.ipynb #0537bba3
+# %% ../nbs/03e_engine.ipynb #31f97cd4
 TRIES = 4
 
-
+# %% ../nbs/03e_engine.ipynb #ad0a4aa5
 def train_step(
     training: Training,
     xb: torch.Tensor,  # (b, 3, s, s) float32
@@ -221,7 +221,7 @@ def train_step(
         training.notes.append(f"step {training.step}, {len(xb[part])} pills of {xb.shape[-1]} px: out of memory ({failed}); {ease(training, len(xb[part]), tries)}")
     return total / len(xb)
 
-
+# %% ../nbs/03e_engine.ipynb #e83f32c9
 def ease(training: Training, pills: int, tries: int) -> str:  # what is done about it
     "Change how a training uses memory; raises PillSnapError when there is nothing left to change."
     least = 2 if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in training.model.modules()) else 1  # batch norm has no variance of one pill
@@ -355,7 +355,7 @@ class Apart:
             self.mine = take_ambient(self.device)
             put_ambient(theirs)
 
-# %% ../nbs/03e_engine.ipynb #a19f5c8e
+# %% ../nbs/03e_engine.ipynb #377d2a21
 def estimate_memory(
     model: nn.Module,
     size: int,  # px of the square input
@@ -377,7 +377,7 @@ def estimate_memory(
             hook.remove()
     return (4 * copies * sum(p.numel() for p in model.parameters()) + (2 if half else 4) * batch * sum(sizes)) / 1e9
 
-
+# %% ../nbs/03e_engine.ipynb #4b52748c
 def free_memory(device: str) -> float:  # GB
     "Say how much memory is free on a device."
     if device.startswith("cuda"):
@@ -393,7 +393,7 @@ def check_memory(needs: Mapping[str, float], free: float, device: str) -> None:
         listed = ", ".join(f"{gb:.1f} GB for the {name}" for name, gb in needs.items())
         raise PillSnapError(f"strategy=interleaved keeps both models in memory, about {listed}; {free:.1f} GB are free on {device}: take strategy=sequential, or lower batch or detector_batch")
 
-# %% ../nbs/03e_engine.ipynb #5147a969
+# %% ../nbs/03e_engine.ipynb #21a80ce2
 def find_largest(fits: Callable[[int], bool], most: int = 4096, within: float = 0.05) -> int:  # 0: not even one
     "Find the largest number that fits, to within a share of the true limit."
     low, high = 0, 1
@@ -405,7 +405,7 @@ def find_largest(fits: Callable[[int], bool], most: int = 4096, within: float = 
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
 
-
+# %% ../nbs/03e_engine.ipynb #004f44b1
 def largest_batch(stage: Stage, classes: int, device: str, most: int = 4096) -> int:  # pills of the stage's full size
     "Try training steps on a device until memory does not suffice; a tenth of what was found should stay free."
     training = start_training(build_classifier(replace(stage, pretrained=False, weights="", compile=False), classes), stage, 1000, device, classes)

@@ -362,7 +362,7 @@ def validate(job: Job) -> dict[str, float]:
     note_skipped(job, job.val, [row for *_, left in parts for row in left])
     return score(np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts]))
 
-# %% ../nbs/04_train.ipynb #950751b7
+# %% ../nbs/04_train.ipynb #83c2d7b8
 class Watch:
     "What happens after each step of an epoch: events, checkpoints, the end."
 
@@ -398,14 +398,14 @@ class Watch:
             self.told = now
         return self.job.ranks.any(self.job.over(self.before + now - self.start))
 
-
+# %% ../nbs/04_train.ipynb #3e1284fc
 def note_skipped(job: Job, dataset: PillDataset, rows: list[int]) -> None:
     "Write each unreadable photo to the events, once."
     for file in {dataset.pills.image[row] for row in rows} - job.skipped:
         job.skipped.add(file)
         job.tell("skipped", file=file)
 
-# %% ../nbs/04_train.ipynb #ac3df0a1
+# %% ../nbs/04_train.ipynb #81f13732
 def standard_error(share: float, pills: int) -> float:
     "Give the standard error of a share of so many pills, also of shares near 0 and 1 (Agresti and Coull, 1998)."
     p = (share * pills + 2) / (pills + 4)
@@ -428,7 +428,7 @@ def keep(job: Job, scores: dict[str, Any]) -> bool:  # whether this epoch is the
     job.tell("epoch", **scores, best=better)
     return better
 
-
+# %% ../nbs/04_train.ipynb #5f39dc68
 def keep_among_top(job: Job, scores: dict[str, Any]) -> None:
     "Keep the weights of the `keep_top` epochs of highest macro-F1, besides the best."
     if job.stage.keep_top == 1:
@@ -472,7 +472,7 @@ def train_classifier(
     if job.over(job.training.seconds):
         job.tell("note", message=f"the classifier's training ended after {job.training.seconds / 3600:.2f} hours, because of cap={job.stage.cap}")
 
-# %% ../nbs/04_train.ipynb #27f9fdad
+# %% ../nbs/04_train.ipynb #2f93f054
 def train_pill_detector(opened: RunFolder, write: Write, on_epoch: Callable[[int], None] = lambda epochs: None) -> None:
     "Train the detector of a run; `on_epoch` is called with the number of epochs done."
     def stop_when_asked(step: int, steps: int) -> None:
@@ -495,7 +495,7 @@ def check_both_fit(opened: RunFolder) -> None:
              "detector": estimate_memory(build_network(stage.detector), stage.detector_size, stage.detector_batch, copies=5, half=half)}
     check_memory(needs, free_memory(device), device)
 
-
+# %% ../nbs/04_train.ipynb #2c2e4567
 def train_by_turns(opened: RunFolder, job: Job, write: Write) -> None:
     "Train both models by turns."
     stage, apart = opened.stage, Apart(job.training.device)
@@ -508,7 +508,7 @@ def train_by_turns(opened: RunFolder, job: Job, write: Write) -> None:
     with apart():
         train_classifier(job, write, stage.epochs)
 
-# %% ../nbs/04_train.ipynb #c2a4ff17
+# %% ../nbs/04_train.ipynb #38fb8293
 def fit(
     run: Path,
     ranks: Ranks | None = None,  # of the processes that train together; None: this one alone
@@ -534,7 +534,7 @@ def fit(
     append_event(run, "end", seconds=round(time.perf_counter() - start, 1), **{k: v for k, v in metrics.items() if k.startswith(("val_", "best_"))})
     return metrics
 
-
+# %% ../nbs/04_train.ipynb #b488873d
 def train_both(opened: RunFolder, job: Job | None, write: Write) -> None:
     "Train the models of a run in the order its strategy says."
     if opened.stage.strategy == "interleaved":
@@ -553,7 +553,7 @@ def follow_chief(opened: RunFolder) -> None:
         raise PillSnapError(f"strategy={opened.stage.strategy} trains in one process: several ranks share the classifier of strategy=classifier or sequential")
     train_classifier(make_job(opened), lambda scores: None, opened.stage.epochs)
 
-
+# %% ../nbs/04_train.ipynb #31ee8847
 def describe_job(opened: RunFolder, job: Job | None) -> dict[str, Any]:
     "Say in the run's first event what is about to be trained."
     both = {"epochs": 0, "from_epoch": 0, "detector_epochs": opened.stage.detector_epochs if opened.stage.strategy != "classifier" else 0, "workers": opened.stage.workers}
@@ -587,7 +587,7 @@ def detector_metrics(run: Path) -> dict[str, Any]:
     return {"detector_epochs": len(epochs), "detector_best_epoch": end["best_epoch"], "val_map50": end["val_map50"], "val_map50_95": end["val_map50_95"], "detector_photos": counts["photos"],
             "detector_composed": counts["composed"], "detector_steps": int(epochs.steps.sum()), "detector_skipped_files": len(info["skipped"])}
 
-# %% ../nbs/04_train.ipynb #5b90e46d
+# %% ../nbs/04_train.ipynb #6a70bd03
 class Stop(Exception):
     "Raised inside the loop once a signal has asked for the end; while data is prepared, at once."
     signal: int = 0
@@ -609,7 +609,7 @@ class Stop(Exception):
         finally:
             cls.now = False
 
-
+# %% ../nbs/04_train.ipynb #fb54de63
 def main(
     argv: list[str] | None = None,  # the run folder; default: the command line
 ) -> int:  # exit status: 0 complete, 1 failed, 128 + signal stopped
