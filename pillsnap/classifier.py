@@ -157,7 +157,7 @@ def save_classifier(
     with atomic_path(path) as part:
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, part, {"pillsnap": json.dumps(meta, ensure_ascii=False)})
 
-# %% ../nbs/03c_classifier.ipynb #15514797
+# %% ../nbs/03c_classifier.ipynb #a0c6ff2c
 def load_classifier(
     path: Path,
     classes: list[str] | None = None,  # the class map it must have
@@ -175,6 +175,8 @@ def load_classifier(
     pre = Preprocess(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["preprocess"].items()})
     if pre.hash != meta["preprocess_hash"]:
         raise PillSnapError(f"{path}: preprocessing {meta['preprocess_hash']} is not what this version makes of its settings ({pre.hash})")
+    if pre.version != Preprocess.version:
+        raise PillSnapError(f"{path} was trained with version {pre.version} of the preprocessing, this is version {Preprocess.version}: train again")
     model = timm.create_model(meta["model"], num_classes=len(meta["classes"]))
     model.load_state_dict(load_file(path))
     return model.to(device).eval(), meta | {"pre": pre}

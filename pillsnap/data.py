@@ -5,22 +5,27 @@
 # %% auto #0
 __all__ = ['SHIFT', 'LEAST_CONTEXT', 'SHARD', 'FACTS', 'SAMPLED', 'TrainingCut', 'Batch', 'MOST_AHEAD', 'make_augmentation',
            'CacheCut', 'plan_cut', 'cut_wide', 'encode', 'decode', 'reading_order', 'group_photos', 'Builder',
-           'shard_folder', 'is_whole', 'build_shards', 'keep', 'quiet_worker', 'Cache', 'open_cache', 'map_bytes',
-           'find_damage', 'finish_cache', 'photo_sizes', 'were_replaced', 'open_finished', 'find_spoiled', 'can_read',
-           'ensure_cache', 'complete', 'estimate_bytes', 'choose_kind', 'Photos', 'cut_randomly', 'PillDataset',
-           'epoch_order', 'load_batch', 'Batches', 'load_in_threads', 'in_turn', 'Chunks', 'load_in_processes',
-           'batches', 'stage_batches']
+           'table_bytes', 'shard_folder', 'is_whole', 'build_shards', 'keep', 'quiet_worker', 'Cache', 'open_cache',
+           'map_bytes', 'finish_cache', 'photo_sizes', 'were_replaced', 'open_finished', 'can_read', 'ensure_cache',
+           'complete', 'estimate_bytes', 'choose_kind', 'Photos', 'cut_randomly', 'PillDataset', 'epoch_order',
+           'load_batch', 'Batches', 'load_in_threads', 'in_turn', 'Chunks', 'load_in_processes', 'batches',
+           'stage_batches']
 
-# %% ../nbs/03a_data.ipynb #666a3d88
+# %% ../nbs/03a_data.ipynb #75a0e300
 import copy
+import ctypes
+import io
 import os
 import shutil
+import signal
+import sys
 import threading
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +131,7 @@ def group_photos(pills: pd.DataFrame, rows: Sequence[int]) -> Iterator[list[int]
         group.append(row)
     yield group
 
-# %% ../nbs/03a_data.ipynb #6ced9633
+# %% ../nbs/03a_data.ipynb #fcdd9a99
 @dataclass(frozen=True, eq=False)
 class Builder(Dataset):
     "Builds shards; a loader's processes call it by number."
@@ -163,7 +168,7 @@ class Builder(Dataset):
                 data = encode(made[0], self.cut)
                 facts[n] = (shard, at, len(data), len(made[0]), made[1], zlib.crc32(data))
                 at += file.write(data)
-        np.save(part / "facts.npy", facts)
+        (part / "facts.npy").write_bytes(table_bytes(facts))
         write_json(part / "shard.json", {"bytes": at, "errors": errors})
 
     def cut_rows(self, shard: int) -> Iterator[tuple[int, Any]]:  # row; (square, box) or the error
@@ -175,18 +180,28 @@ class Builder(Dataset):
             except PillSnapError as e:
                 yield from ((row, e) for row in group)
 
-# %% ../nbs/03a_data.ipynb #c7462404
+# %% ../nbs/03a_data.ipynb #72e67438
+def table_bytes(facts: np.ndarray) -> bytes:
+    "Give a table as numpy saves it; written by numpy itself, a full disk would be an error without a number."
+    file = io.BytesIO()
+    np.save(file, facts)
+    return file.getvalue()
+
+
 def shard_folder(folder: Path, shard: int) -> Path:
     "Name the folder of a shard."
     return folder / f"{shard:05}"
 
-# %% ../nbs/03a_data.ipynb #45800459
+# %% ../nbs/03a_data.ipynb #328e94fa
 def is_whole(builder: Builder, shard: int) -> bool:
-    "Say whether a shard is there, as long as it was when it was written."
+    "Say whether a shard is there as it was written, and none of the photos it lacks can be read by now."
     folder = shard_folder(builder.folder, shard)
     try:
-        return (folder / "pixels.bin").stat().st_size == read_json(folder / "shard.json")["bytes"] and len(np.load(folder / "facts.npy")) == len(builder.rows(shard))
-    except (OSError, ValueError, EOFError, PillSnapError):
+        about, facts, pixels = read_json(folder / "shard.json"), np.load(folder / "facts.npy"), map_bytes(folder / "pixels.bin")
+        if len(pixels) != about["bytes"] or len(facts) != len(builder.rows(shard)) or any(can_read(builder, int(row)) for row in about["errors"]):
+            return False
+        return builder.cut.kind == "jpeg" or all(zlib.crc32(pixels[fact["at"] : fact["at"] + fact["bytes"]]) == fact["crc"] for fact in facts)
+    except (OSError, ValueError, EOFError, RuntimeError, PillSnapError):
         return False
 
 
@@ -194,7 +209,7 @@ def build_shards(builder: Builder, shards: Sequence[int], workers: int, advance:
     "Build some shards; raises PillSnapError when the disk is 85 % full, and what was built stays."
     workers = min(workers, len(shards))
     many = {"multiprocessing_context": "fork", "prefetch_factor": 1} if workers else {}
-    for done, error in DataLoader(builder, batch_size=None, sampler=shards, num_workers=workers, collate_fn=keep, worker_init_fn=quiet_worker, **many):
+    for done, error in DataLoader(builder, batch_size=None, sampler=shards, num_workers=workers, collate_fn=keep, worker_init_fn=partial(quiet_worker, os.getpid()), **many):
         check_space(builder.folder, 0, "the cache")
         if error:
             raise PillSnapError(error)
@@ -206,12 +221,16 @@ def keep(made: Any) -> Any:
     return made
 
 
-def quiet_worker(worker: int) -> None:
-    "Keep a loader process to one thread: the processes are the parallelism."
+def quiet_worker(parent: int, worker: int) -> None:
+    "Keep a loader process to one thread: the processes are the parallelism. It ends with its parent, or one that was killed would leave writers behind."
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
 
-# %% ../nbs/03a_data.ipynb #354dec20
+# %% ../nbs/03a_data.ipynb #cba96b7e
 @dataclass(frozen=True, eq=False)
 class Cache:
     "What is kept of the pills of a table, in its order."
@@ -226,8 +245,8 @@ class Cache:
         return len(self.facts)
 
     @property
-    def key(self) -> str:
-        return self.folder.name
+    def key(self) -> str:  # another one for other photos of the same names
+        return content_hash(self.folder.name, read_json(self.folder / "cache.json").get("sizes"))
 
     def take(self, rows: np.ndarray) -> "Cache":  # rows: places or (n,) bool
         "Choose some of the pills."
@@ -247,7 +266,7 @@ class Cache:
             raise PillSnapError(f"{shard_folder(self.folder, fact['shard'])} is damaged: remove that folder and resume, it is built again")
         return decode(data, int(fact["side"]), self.cut), fact["box"]
 
-# %% ../nbs/03a_data.ipynb #7d96d6c3
+# %% ../nbs/03a_data.ipynb #7b3e4ec4
 def open_cache(folder: Path, cut: CacheCut) -> Cache:
     "Open a finished cache."
     facts, about = np.load(folder / "facts.npy"), read_json(folder / "cache.json")
@@ -257,51 +276,48 @@ def open_cache(folder: Path, cut: CacheCut) -> Cache:
 
 def map_bytes(path: Path) -> np.ndarray:  # uint8
     "Map a file into memory; an empty one cannot be mapped."
-    return np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
+    size = path.stat().st_size
+    mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy() if size else np.empty(0, np.uint8)  # np.memmap would keep a file open for each shard
+    mapped.setflags(write=False)
+    return mapped
 
-
-def find_damage(cache: Cache, workers: int) -> set[int]:  # shards
-    "Check every pixel of a cache against its checksums."
-    def wrong(row: int) -> bool:
-        return bool(cache.facts[row]["bytes"]) and zlib.crc32(cache.data(row)) != cache.facts[row]["crc"]
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        return {int(cache.facts[row]["shard"]) for row, bad in enumerate(pool.map(wrong, range(len(cache)), chunksize=64)) if bad}
-
-# %% ../nbs/03a_data.ipynb #3d30e215
+# %% ../nbs/03a_data.ipynb #2b63e9d7
 def finish_cache(builder: Builder) -> None:
     "Write the table of all shards, in the order of the pills: from now on the cache is complete."
     folders, facts = [shard_folder(builder.folder, n) for n in range(len(builder))], np.zeros(len(builder.order), FACTS)
     facts[builder.order] = np.concatenate([np.load(folder / "facts.npy") for folder in folders])
     errors = {row: text for folder in folders for row, text in read_json(folder / "shard.json")["errors"].items()}
-    with atomic_path(builder.folder / "facts.npy") as part, open(part, "wb") as file:
-        np.save(file, facts)
+    with atomic_path(builder.folder / "facts.npy") as part:
+        part.write_bytes(table_bytes(facts))
     write_json(builder.folder / "cache.json", {"cut": asdict(builder.cut), "pills": len(facts), "shards": len(builder), "bytes": int(facts["bytes"].sum()), "sizes": photo_sizes(builder), "errors": errors})
 
 
 def photo_sizes(builder: Builder, most: int = 64) -> list[int]:  # bytes
-    "Look at the sizes of some photos, or of the archives they lie in; raises PillSnapError where one is not there."
-    rows = np.unique(np.linspace(0, len(builder.pills) - 1, min(most, len(builder.pills))).astype(int))
-    return [pill_source(builder.pills.iloc[row], builder.roots).stamp()[0] for row in rows]
+    "Look at the sizes of some photos, or of the archives they lie in, -1 for one that is not there; raises PillSnapError where none is."
+    sizes, gone = [], None
+    for row in np.unique(np.linspace(0, len(builder.pills) - 1, min(most, len(builder.pills))).astype(int)):
+        try:
+            sizes.append(pill_source(builder.pills.iloc[row], builder.roots).stamp()[0])
+        except PillSnapError as e:
+            sizes, gone = [*sizes, -1], e
+    if gone and set(sizes) == {-1}:
+        raise gone
+    return sizes
 
 
 def were_replaced(builder: Builder) -> bool:
     "Say whether most photos have other sizes than when the cache was built."
-    before, now = read_json(builder.folder / "cache.json")["sizes"], photo_sizes(builder)
+    now = photo_sizes(builder)
+    before = read_json(builder.folder / "cache.json").get("sizes", now)
     return sum(a != b for a, b in zip(before, now)) > len(now) / 2
 
-# %% ../nbs/03a_data.ipynb #812d283e
+# %% ../nbs/03a_data.ipynb #ce6f625c
 def open_finished(builder: Builder) -> Cache | None:  # None: not built to the end, or its table is damaged
     "Open a cache if it is complete."
     try:
         return open_cache(builder.folder, builder.cut)
     except (OSError, ValueError, EOFError, KeyError, PillSnapError):
         return None
-
-
-def find_spoiled(builder: Builder, cache: Cache, workers: int) -> set[int]:  # shards
-    "Find the shards that have to be built again although they are there."
-    readable = {int(cache.facts["shard"][row]) for row in cache.errors if can_read(builder, row)}
-    return readable | (find_damage(cache, workers) if cache.cut.kind == "raw" else set())
 
 
 def can_read(builder: Builder, row: int) -> bool:
@@ -311,7 +327,7 @@ def can_read(builder: Builder, row: int) -> bool:
     except PillSnapError:
         return False
 
-# %% ../nbs/03a_data.ipynb #5db717af
+# %% ../nbs/03a_data.ipynb #2fa658b9
 def ensure_cache(
     pills: pd.DataFrame,  # rows of a manifest: root, image, offset, packed, x, y, w, h
     roots: Sequence[Path],
@@ -330,18 +346,18 @@ def ensure_cache(
         if cache and were_replaced(builder):
             shutil.rmtree(builder.folder)
             cache = None
-        for shard in find_spoiled(builder, cache, workers) if cache else ():
-            shutil.rmtree(shard_folder(builder.folder, shard))
-        missing = [n for n in range(len(builder)) if not is_whole(builder, n)]
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            missing = [n for n, whole in enumerate(pool.map(partial(is_whole, builder), range(len(builder)))) if not whole]
         if missing or cache is None:
             complete(builder, missing, workers, show)
         return open_cache(builder.folder, cut)
 
-# %% ../nbs/03a_data.ipynb #16ceed75
+# %% ../nbs/03a_data.ipynb #c8ad49d8
 def complete(builder: Builder, missing: Sequence[int], workers: int, show: Callable[[str, int], Any]) -> None:
     "Build what is missing of a cache, after asking for its space."
-    for left in builder.folder.glob(".*.part"):  # of a builder that was killed
-        shutil.rmtree(left)
+    (builder.folder / "cache.json").unlink(missing_ok=True)  # a table of shards that are about to change
+    for left in builder.folder.glob(".*"):  # of a builder that was killed
+        left.unlink(missing_ok=True) if left.is_file() else shutil.rmtree(left, ignore_errors=True)
     rows = np.concatenate([builder.rows(n) for n in missing]) if missing else np.empty(0, int)
     check_space(builder.folder, estimate_bytes(builder.pills.iloc[rows], builder.roots, builder.cut), "the cache of pills")
     with show("caching pills", len(rows)) as advance:
@@ -539,7 +555,7 @@ def in_turn(submit: Callable, work: Callable, items: Iterable, ahead: int) -> It
         for future in waiting:
             future.cancel()
 
-# %% ../nbs/03a_data.ipynb #2164e67d
+# %% ../nbs/03a_data.ipynb #101fb549
 @dataclass(frozen=True, eq=False)
 class Chunks(Dataset):
     "A data set whose items are whole batches, or the error that a batch ended in."
@@ -555,7 +571,7 @@ class Chunks(Dataset):
 def load_in_processes(batches: Batches) -> Iterator[Batch]:
     "Load batches in processes; an error is raised here as it was there."
     loader = DataLoader(Chunks(batches.dataset), batch_size=None, sampler=batches.chunks, num_workers=batches.workers, prefetch_factor=batches.ahead, collate_fn=keep,
-                        worker_init_fn=quiet_worker, pin_memory=batches.pin, multiprocessing_context="fork")
+                        worker_init_fn=partial(quiet_worker, os.getpid()), pin_memory=batches.pin, multiprocessing_context="fork")
     for batch in loader:
         if isinstance(batch, PillSnapError):
             raise batch

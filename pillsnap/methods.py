@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['GROWTH', 'make_optimizer', 'make_schedule', 'size_at', 'strength_at', 'batch_at', 'seed_step', 'Mixer',
-           'class_weights', 'make_loss', 'draw_chances', 'make_average', 'update_average', 'freeze_statistics']
+           'class_weights', 'WeightedLoss', 'make_loss', 'draw_chances', 'make_average', 'update_average',
+           'freeze_statistics']
 
 # %% ../nbs/03da_methods.ipynb #9a60afb8
 import random
@@ -88,17 +89,29 @@ class Mixer:
             xb = self.erase(xb)
         return self.mix(xb, yb) if self.mix and len(xb) % 2 == 0 else (xb, yb)
 
-# %% ../nbs/03da_methods.ipynb #9f9db455
+# %% ../nbs/03da_methods.ipynb #2546a150
 def class_weights(labels: Sequence[int], classes: int) -> np.ndarray:  # (classes,) float32, with which an average pill weighs 1; 0 for a drug without pills
     "Weigh drugs by the inverse of their number of pills."
     counts = np.bincount(labels, minlength=classes)
     return np.divide(len(labels) / np.count_nonzero(counts), counts, out=np.zeros(classes), where=counts > 0).astype(np.float32)
 
 
+class WeightedLoss(nn.Module):
+    "Cross-entropy times the weight of each pill's drug, averaged over pills: torch's own mean divides by the weights that happen to be in a batch, or in a part of one."
+
+    def __init__(self, weight: torch.Tensor, smoothing: float) -> None:
+        super().__init__()
+        self.each = nn.CrossEntropyLoss(weight, label_smoothing=smoothing, reduction="none")
+
+    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:  # (b, classes); (b,) or (b, classes) → ()
+        return self.each(logits, target).mean()
+
+
 def make_loss(stage: Stage, labels: Sequence[int], classes: int, device: str) -> nn.Module:  # logits (b, classes), labels (b,) or (b, classes) → ()
     "Make the cross-entropy with label smoothing (Szegedy et al., 2016), balanced if the stage says so."
-    weight = torch.from_numpy(class_weights(labels, classes)).to(device) if stage.balance == "loss" else None
-    return nn.CrossEntropyLoss(weight, label_smoothing=stage.label_smoothing)
+    if stage.balance != "loss":
+        return nn.CrossEntropyLoss(label_smoothing=stage.label_smoothing)
+    return WeightedLoss(torch.from_numpy(class_weights(labels, classes)).to(device), stage.label_smoothing)
 
 
 def draw_chances(stage: Stage, labels: np.ndarray, classes: int) -> np.ndarray | None:  # (n,), sum 1; None: each pill once

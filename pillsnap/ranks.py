@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['Ranks', 'join_ranks', 'spread']
 
-# %% ../nbs/03db_ranks.ipynb #77b1019a
+# %% ../nbs/03db_ranks.ipynb #251aec5d
 import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -71,7 +73,7 @@ class Ranks:
         if self.ranks > 1:
             dist.barrier()
 
-# %% ../nbs/03db_ranks.ipynb #e7a2592b
+# %% ../nbs/03db_ranks.ipynb #67765902
 @contextlib.contextmanager
 def join_ranks(device: str) -> Iterator[Ranks]:  # device: as chosen for one process
     "Join the processes that torchrun started, if it did; leave them in the end."
@@ -82,18 +84,18 @@ def join_ranks(device: str) -> Iterator[Ranks]:  # device: as chosen for one pro
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(days=7))  # the others wait while rank 0 prepares the data
     try:
         yield Ranks(dist.get_rank(), ranks, device)
     finally:
         dist.destroy_process_group()
 
-# %% ../nbs/03db_ranks.ipynb #b4c50d25
+# %% ../nbs/03db_ranks.ipynb #47cdf8b6
 def spread(model: nn.Module, ranks: Ranks) -> tuple[nn.Module, nn.Module | None]:  # the model; what runs in its place, None for one rank
     "Let a model train on several ranks."
     if ranks.ranks == 1:
         return model, None
     if ranks.device.startswith("cuda"):
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = convert_sync_batchnorm(model)  # timm's: torch's drops the activation that timm's norms hold
         return model, DistributedDataParallel(model, [torch.device(ranks.device).index])
     return model, DistributedDataParallel(model)

@@ -353,11 +353,16 @@ def run_epoch(job: Job) -> dict[str, Any]:  # the scores of the epoch
     return {"epoch": training.epoch, "lr": training.optimizer.param_groups[0]["lr"], "size": train.pre.size, "batch": batch_at(stage, epoch), "train_loss": round(scores["train_loss"], 5), **val,
             "images_per_s": round(scores["images_per_s"], 1), "seconds": round(training.seconds - training.epoch_began, 2)}
 
-# %% ../nbs/04_train.ipynb #e845849f
+# %% ../nbs/04_train.ipynb #4d922eb2
 def validate(job: Job) -> dict[str, float]:
     "Score the validation pills, each rank its share of them."
     rows = range(job.ranks.rank, len(job.val), job.ranks.ranks)
-    logits, labels, _, skipped = predict(job.training.answering, stage_batches(job.val, rows, job.stage.batch * 2, job.stage), job.pre, job.training.device)
+    try:
+        logits, labels, _, skipped = predict(job.training.answering, stage_batches(job.val, rows, job.stage.batch * 2, job.stage), job.pre, job.training.device)
+    except PillSnapError:  # not one of its pills can be read; the others wait for its answer
+        if job.ranks.ranks == 1:
+            raise
+        logits, labels, skipped = np.empty((0, len(job.manifest.classes)), np.float32), np.empty(0, int), list(rows)
     parts = job.ranks.gather((logits, labels, skipped))
     note_skipped(job, job.val, [row for *_, left in parts for row in left])
     return score(np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts]))
@@ -456,20 +461,20 @@ def tensorboard(run: Path, wanted: bool) -> Iterator[Write]:
     finally:
         writer.close()
 
-# %% ../nbs/04_train.ipynb #227ac1f4
+# %% ../nbs/04_train.ipynb #658af39e
 def train_classifier(
     job: Job,
     write: Write,
     epochs: int,  # go on until so many are done, or it is finished
 ) -> None:
     "Train epoch by epoch."
-    while job.training.epoch < epochs and not job.finished:
+    while job.training.epoch < epochs and not job.ranks.any(job.finished):
         scores = run_epoch(job)
         better = keep(job, scores)
         if job.ranks.chief:
             write(scores)
             print(epoch_line({"event": "epoch", **scores, "best": better}, job.stage.epochs), flush=True)
-    if job.over(job.training.seconds):
+    if job.ranks.chief and job.over(job.training.seconds):
         job.tell("note", message=f"the classifier's training ended after {job.training.seconds / 3600:.2f} hours, because of cap={job.stage.cap}")
 
 # %% ../nbs/04_train.ipynb #2f93f054
@@ -508,7 +513,7 @@ def train_by_turns(opened: RunFolder, job: Job, write: Write) -> None:
     with apart():
         train_classifier(job, write, stage.epochs)
 
-# %% ../nbs/04_train.ipynb #38fb8293
+# %% ../nbs/04_train.ipynb #137f624e
 def fit(
     run: Path,
     ranks: Ranks | None = None,  # of the processes that train together; None: this one alone
@@ -516,6 +521,8 @@ def fit(
     "Train a run to its end, from its last checkpoints if it has some."
     opened, start = open_folder(run), time.perf_counter()
     opened = replace(opened, ranks=ranks or Ranks(device=pick_device(opened.device)))
+    if opened.ranks.ranks > 1 and opened.stage.strategy != "classifier":
+        raise PillSnapError(f"strategy={opened.stage.strategy} trains a detector, which takes one process: several ranks need strategy=classifier")
     if not opened.ranks.chief:
         return follow_chief(opened)
     clear_orphans(run, run / "top", run / "detector")
@@ -534,7 +541,7 @@ def fit(
     append_event(run, "end", seconds=round(time.perf_counter() - start, 1), **{k: v for k, v in metrics.items() if k.startswith(("val_", "best_"))})
     return metrics
 
-# %% ../nbs/04_train.ipynb #b488873d
+# %% ../nbs/04_train.ipynb #be2e21b9
 def train_both(opened: RunFolder, job: Job | None, write: Write) -> None:
     "Train the models of a run in the order its strategy says."
     if opened.stage.strategy == "interleaved":
@@ -548,9 +555,7 @@ def train_both(opened: RunFolder, job: Job | None, write: Write) -> None:
 
 
 def follow_chief(opened: RunFolder) -> None:
-    "Train the classifier's share of a rank that is not the first; the detector is rank 0's alone. Raises PillSnapError for a strategy that has no share for it."
-    if opened.stage.strategy in ("detector", "interleaved"):
-        raise PillSnapError(f"strategy={opened.stage.strategy} trains in one process: several ranks share the classifier of strategy=classifier or sequential")
+    "Train the share of a rank that is not the first, which alone writes."
     train_classifier(make_job(opened), lambda scores: None, opened.stage.epochs)
 
 # %% ../nbs/04_train.ipynb #31ee8847
@@ -609,7 +614,7 @@ class Stop(Exception):
         finally:
             cls.now = False
 
-# %% ../nbs/04_train.ipynb #fb54de63
+# %% ../nbs/04_train.ipynb #4226d142
 def main(
     argv: list[str] | None = None,  # the run folder; default: the command line
 ) -> int:  # exit status: 0 complete, 1 failed, 128 + signal stopped
@@ -635,11 +640,12 @@ def main(
         return 1
     except Exception as e:
         known = isinstance(e, PillSnapError)
-        append_event(run, "failed", error=str(e) if known else f"{type(e).__name__}: {e}", trace=traceback.format_exc())
+        if known or os.environ.get("RANK", "0") == "0":  # the other ranks fail because one did
+            append_event(run, "failed", error=str(e) if known else f"{type(e).__name__}: {e}", trace=traceback.format_exc())
         print(e if known else traceback.format_exc(), file=sys.stderr)
         return 1
 
-# %% ../nbs/04_train.ipynb #7c9afd93
+# %% ../nbs/04_train.ipynb #1f26e650
 @dataclass
 class Launched:
     "A training process and how far its events have been read."
@@ -661,7 +667,7 @@ def launch(run: Path) -> Launched:
 def training_command(run: Path) -> list[str]:
     "Give the arguments of Python that train a run: one process, or one for each GPU."
     record = read_json(run / "run.json")
-    several = torch.cuda.device_count() if record["device"] == "cuda" and record["stage"]["strategy"] in ("classifier", "sequential") else 1
+    several = torch.cuda.device_count() if record["device"] == "cuda" and record["stage"]["strategy"] == "classifier" else 1
     return [*(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(several)] if several > 1 else []), "-m", "pillsnap.train", str(run)]
 
 # %% ../nbs/04_train.ipynb #52a47be8
