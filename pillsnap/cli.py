@@ -347,12 +347,12 @@ def doctor(
     roots = open_roots(data_root or ("" if stage == "0" else settings.data_root))
     show_diagnosis(examine(Parameters(resolved, roots, settings, {})), resolved)
 
-# %% ../nbs/10_cli.ipynb #974101fd
+# %% ../nbs/10_cli.ipynb #22a8596e
 def show_diagnosis(found: Any, stage: Stage) -> None:
     "Print what the doctor found: the limits first."
     from rich.console import Console
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     console.print(f"[bold]{stage.key}[/bold], measured on {found.sample}, in {found.seconds:.0f} s\n", soft_wrap=True)
     for what, limit in (("An epoch", found.limit), ("Building the cache", found.once)):
         if limit:
