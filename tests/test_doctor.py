@@ -8,7 +8,10 @@ from pillsnap.cli import app
 
 @pytest.mark.parametrize("name", [name for name, plant in PLANTS.items() if plant.says])
 def test_it_finds_what_was_planted(name):
+    "A quick look first; where other work on the machine disturbed it, a longer one."
     found = diagnose(name, 0.3)
+    if found.limit.link != PLANTS[name].link or PLANTS[name].says not in found.limit.why + found.limit.remedy:
+        found = diagnose(name, 1.5)
     assert found.limit.link == PLANTS[name].link, found.rates
     assert PLANTS[name].says in found.limit.why + found.limit.remedy
     assert found.limit.rate < found.limit.next

@@ -74,7 +74,7 @@ def test_one_run_is_trained_by_one_process(run):
 def test_a_failing_training_says_why(run, tree):
     record = read_json(run / "run.json")
     write_json(run / "run.json", record | {"roots": [str(tree / "nowhere")]})
-    with pytest.raises(PillSnapError, match="is not there any more"):
+    with pytest.raises(PillSnapError, match="mount the disk"):
         follow(launch(run))
     assert run_state(run) == "failed"
 
