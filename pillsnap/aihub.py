@@ -9,7 +9,7 @@ __all__ = ['NAME', 'DRUG_FIELDS', 'K_CODE', 'STR', 'IMAGE_COLUMNS', 'LABEL_COLUM
            'list_problems', 'listing_problems', 'official_part', 'Names', 'encode_words', 'parse_names',
            'first_of_each', 'find_photos', 'find_labels', 'image_table', 'cut_names', 'categorise', 'read_aihub',
            'empty_registry', 'image_paths', 'photo_sources', 'pill_source', 'label_sources', 'decode_picture',
-           'read_photo', 'photo_size']
+           'read_photo', 'read_or_none', 'photo_size']
 
 # %% ../nbs/00c_aihub.ipynb #7ce06f07
 import io
@@ -404,7 +404,7 @@ def label_sources(tables: Tables, labels: pd.DataFrame, roots: Sequence[Path]) -
     paths = [join_path(folder, f"{photo}.json") for folder, photo in zip(labels.folder, photos)]
     return [Source(roots[r], *rest) for r, *rest in zip(labels.root, paths, labels.offset.tolist(), labels.packed.tolist())]
 
-# %% ../nbs/00c_aihub.ipynb #7948b7c9
+# %% ../nbs/00c_aihub.ipynb #cd0f1919
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, OverflowError, struct.error, Image.DecompressionBombError)  # what broken pictures raise in Pillow
 
 
@@ -423,6 +423,14 @@ def read_photo(
         return decode_picture(source.read())
     except UNREADABLE as e:
         raise PillSnapError(f"{source} cannot be read: {e}; replace the file, or set skip_unreadable=true to leave such files out and count them") from None
+
+
+def read_or_none(pill: Any, roots: Sequence[Path]) -> np.ndarray | None:  # None for a photo that cannot be read: who trains on it says so
+    "Read the photo that a manifest's pill lies on."
+    try:
+        return read_photo(pill_source(pill, roots))
+    except PillSnapError:
+        return None
 
 
 def photo_size(data: bytes) -> tuple[int, int]:  # width, height in px, upright

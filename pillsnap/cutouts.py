@@ -7,11 +7,11 @@ __all__ = ['Box', 'ROOM', 'SEARCH', 'EXTENTS', 'REASONS', 'STEEP', 'LONGEST', 'T
            'GROUNDS', 'NOTHING', 'cut_room', 'fill_box', 'model_ground', 'mark_ground', 'holds_box', 'find_mask',
            'Limits', 'fill_outline', 'bounds', 'turned_sides', 'share_hull', 'judge_mask', 'Cutout', 'soften',
            'clean_edge', 'find_judged', 'cut_out', 'choose_singles', 'shrink', 'find_lean', 'spread_grain',
-           'erase_pill', 'Bank', 'load_bank', 'read_or_none', 'cut_row', 'square_ground', 'measure_bank', 'build_bank',
-           'ensure_bank', 'look_up_drugs', 'share_cutouts', 'bank_of_manifest', 'bank_of_stage', 'leave_out',
-           'count_rejections', 'show_cutouts']
+           'erase_pill', 'Bank', 'load_bank', 'cut_row', 'square_ground', 'measure_bank', 'build_bank', 'ensure_bank',
+           'look_up_drugs', 'share_cutouts', 'bank_of_manifest', 'bank_of_stage', 'leave_out', 'count_rejections',
+           'show_cutouts']
 
-# %% ../nbs/03aa_cutouts.ipynb #422914c0
+# %% ../nbs/03aa_cutouts.ipynb #e67a1ca8
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .aihub import pill_source, read_photo
+from .aihub import read_or_none
 from .core import Parameters, PillSnapError, Settings, atomic_folder, content_hash, lock, read_json, show_work, write_json
 from .index import Index, hash_table
 from .inspection import inspect
@@ -313,19 +313,11 @@ def load_bank(folder: Path) -> Bank:
     except (OSError, ValueError) as e:
         raise PillSnapError(f"bank {folder} cannot be read: {e}; remove the folder, it is built again") from None
 
-# %% ../nbs/03aa_cutouts.ipynb #af26fd6f
+# %% ../nbs/03aa_cutouts.ipynb #3dfbb776
 GROUND_SIDE, GROUNDS = 640, 24  # px; grounds kept in a bank
 
 
 NOTHING = Cutout(np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), np.float32), (0.0, 0.0, 8.0, 8.0), (128.0,) * 3, "unreadable")
-
-
-def read_or_none(pill: object, roots: Sequence[Path]) -> np.ndarray | None:  # None for a photo that cannot be read: who trains on it says so
-    "Read the photo of a row."
-    try:
-        return read_photo(pill_source(pill, roots))
-    except PillSnapError:
-        return None
 
 
 def cut_row(pill: object, roots: Sequence[Path], shape: str, limits: Limits, want_ground: bool) -> tuple[dict, np.ndarray, np.ndarray | None]:

@@ -5,16 +5,14 @@
 # %% auto #0
 __all__ = ['SHIFT', 'LEAST_CONTEXT', 'SHARD', 'FACTS', 'SAMPLED', 'TrainingCut', 'Batch', 'MOST_AHEAD', 'make_augmentation',
            'CacheCut', 'plan_cut', 'cut_wide', 'encode', 'decode', 'reading_order', 'group_photos', 'Builder',
-           'table_bytes', 'shard_folder', 'is_whole', 'build_shards', 'keep', 'quiet_worker', 'Cache', 'open_cache',
-           'map_bytes', 'finish_cache', 'photo_sizes', 'were_replaced', 'open_finished', 'can_read', 'ensure_cache',
-           'complete', 'estimate_bytes', 'choose_kind', 'Photos', 'cut_randomly', 'PillDataset', 'epoch_order',
-           'load_batch', 'Batches', 'load_in_threads', 'in_turn', 'Chunks', 'load_in_processes', 'batches',
-           'stage_batches']
+           'shard_folder', 'is_whole', 'build_shards', 'keep', 'quiet_worker', 'Cache', 'open_cache', 'map_bytes',
+           'finish_cache', 'photo_sizes', 'were_replaced', 'open_finished', 'ensure_cache', 'complete',
+           'estimate_bytes', 'choose_kind', 'Photos', 'cut_randomly', 'PillDataset', 'epoch_order', 'load_batch',
+           'Batches', 'load_in_threads', 'in_turn', 'Chunks', 'load_in_processes', 'batches', 'stage_batches']
 
-# %% ../nbs/03a_data.ipynb #75a0e300
+# %% ../nbs/03a_data.ipynb #116dcd39
 import copy
 import ctypes
-import io
 import os
 import shutil
 import signal
@@ -39,7 +37,7 @@ import psutil
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .aihub import pill_source, read_photo
+from .aihub import pill_source, read_or_none, read_photo
 from .core import PillSnapError, Settings, Stage, atomic_folder, atomic_path, check_space, content_hash, count_workers, lock, read_json, show_work, write_json
 from .index import hash_table
 from .preprocess import Preprocess, cut_square, cut_window, place_square, resize_square
@@ -131,7 +129,7 @@ def group_photos(pills: pd.DataFrame, rows: Sequence[int]) -> Iterator[list[int]
         group.append(row)
     yield group
 
-# %% ../nbs/03a_data.ipynb #fcdd9a99
+# %% ../nbs/03a_data.ipynb #6ced9633
 @dataclass(frozen=True, eq=False)
 class Builder(Dataset):
     "Builds shards; a loader's processes call it by number."
@@ -168,7 +166,7 @@ class Builder(Dataset):
                 data = encode(made[0], self.cut)
                 facts[n] = (shard, at, len(data), len(made[0]), made[1], zlib.crc32(data))
                 at += file.write(data)
-        (part / "facts.npy").write_bytes(table_bytes(facts))
+        np.save(part / "facts.npy", facts)
         write_json(part / "shard.json", {"bytes": at, "errors": errors})
 
     def cut_rows(self, shard: int) -> Iterator[tuple[int, Any]]:  # row; (square, box) or the error
@@ -180,25 +178,18 @@ class Builder(Dataset):
             except PillSnapError as e:
                 yield from ((row, e) for row in group)
 
-# %% ../nbs/03a_data.ipynb #72e67438
-def table_bytes(facts: np.ndarray) -> bytes:
-    "Give a table as numpy saves it; written by numpy itself, a full disk would be an error without a number."
-    file = io.BytesIO()
-    np.save(file, facts)
-    return file.getvalue()
-
-
+# %% ../nbs/03a_data.ipynb #c7462404
 def shard_folder(folder: Path, shard: int) -> Path:
     "Name the folder of a shard."
     return folder / f"{shard:05}"
 
-# %% ../nbs/03a_data.ipynb #328e94fa
+# %% ../nbs/03a_data.ipynb #bd9076fb
 def is_whole(builder: Builder, shard: int) -> bool:
     "Say whether a shard is there as it was written, and none of the photos it lacks can be read by now."
     folder = shard_folder(builder.folder, shard)
     try:
         about, facts, pixels = read_json(folder / "shard.json"), np.load(folder / "facts.npy"), map_bytes(folder / "pixels.bin")
-        if len(pixels) != about["bytes"] or len(facts) != len(builder.rows(shard)) or any(can_read(builder, int(row)) for row in about["errors"]):
+        if len(pixels) != about["bytes"] or len(facts) != len(builder.rows(shard)) or any(read_or_none(builder.pills.iloc[int(row)], builder.roots) is not None for row in about["errors"]):
             return False
         return builder.cut.kind == "jpeg" or all(zlib.crc32(pixels[fact["at"] : fact["at"] + fact["bytes"]]) == fact["crc"] for fact in facts)
     except (OSError, ValueError, EOFError, RuntimeError, PillSnapError):
@@ -281,14 +272,14 @@ def map_bytes(path: Path) -> np.ndarray:  # uint8
     mapped.setflags(write=False)
     return mapped
 
-# %% ../nbs/03a_data.ipynb #2b63e9d7
+# %% ../nbs/03a_data.ipynb #9ab71b32
 def finish_cache(builder: Builder) -> None:
     "Write the table of all shards, in the order of the pills: from now on the cache is complete."
     folders, facts = [shard_folder(builder.folder, n) for n in range(len(builder))], np.zeros(len(builder.order), FACTS)
     facts[builder.order] = np.concatenate([np.load(folder / "facts.npy") for folder in folders])
     errors = {row: text for folder in folders for row, text in read_json(folder / "shard.json")["errors"].items()}
-    with atomic_path(builder.folder / "facts.npy") as part:
-        part.write_bytes(table_bytes(facts))
+    with atomic_path(builder.folder / "facts.npy") as part, open(part, "wb") as file:
+        np.save(file, facts)
     write_json(builder.folder / "cache.json", {"cut": asdict(builder.cut), "pills": len(facts), "shards": len(builder), "bytes": int(facts["bytes"].sum()), "sizes": photo_sizes(builder), "errors": errors})
 
 
@@ -311,7 +302,7 @@ def were_replaced(builder: Builder) -> bool:
     before = read_json(builder.folder / "cache.json").get("sizes", now)
     return sum(a != b for a, b in zip(before, now)) > len(now) / 2
 
-# %% ../nbs/03a_data.ipynb #ce6f625c
+# %% ../nbs/03a_data.ipynb #6527266c
 def open_finished(builder: Builder) -> Cache | None:  # None: not built to the end, or its table is damaged
     "Open a cache if it is complete."
     try:
@@ -319,15 +310,7 @@ def open_finished(builder: Builder) -> Cache | None:  # None: not built to the e
     except (OSError, ValueError, EOFError, KeyError, PillSnapError):
         return None
 
-
-def can_read(builder: Builder, row: int) -> bool:
-    "Say whether the photo of a pill can be read by now."
-    try:
-        return read_photo(pill_source(builder.pills.iloc[row], builder.roots)) is not None
-    except PillSnapError:
-        return False
-
-# %% ../nbs/03a_data.ipynb #2fa658b9
+# %% ../nbs/03a_data.ipynb #697394e7
 def ensure_cache(
     pills: pd.DataFrame,  # rows of a manifest: root, image, offset, packed, x, y, w, h
     roots: Sequence[Path],
@@ -348,8 +331,9 @@ def ensure_cache(
             cache = None
         with ThreadPoolExecutor(max(1, workers)) as pool:
             missing = [n for n, whole in enumerate(pool.map(partial(is_whole, builder), range(len(builder)))) if not whole]
-        if missing or cache is None:
-            complete(builder, missing, workers, show)
+        if cache and not missing:
+            return cache
+        complete(builder, missing, workers, show)
         return open_cache(builder.folder, cut)
 
 # %% ../nbs/03a_data.ipynb #c8ad49d8
@@ -364,7 +348,7 @@ def complete(builder: Builder, missing: Sequence[int], workers: int, show: Calla
         build_shards(builder, missing, workers, advance)
     finish_cache(builder)
 
-# %% ../nbs/03a_data.ipynb #7ee8cc4e
+# %% ../nbs/03a_data.ipynb #25c61375
 SAMPLED = 24  # pills encoded to estimate the space of all
 
 
@@ -375,10 +359,10 @@ def estimate_bytes(pills: pd.DataFrame, roots: Sequence[Path], cut: CacheCut) ->
         return int(pixels.sum())
     sample, found, size = pills.iloc[np.unique(np.linspace(0, len(pills) - 1, SAMPLED).astype(int))], 0, 0
     for pill in sample.itertuples():
-        try:
-            square, _ = cut_wide(read_photo(pill_source(pill, roots)), (pill.x, pill.y, pill.w, pill.h), cut)
-        except PillSnapError:
+        photo = read_or_none(pill, roots)
+        if photo is None:
             continue  # listed by the build
+        square, _ = cut_wide(photo, (pill.x, pill.y, pill.w, pill.h), cut)
         found, size = found + square.nbytes, size + len(encode(square, cut))
     return int(pixels.sum() * (size / found if found else 0.25))
 

@@ -34,6 +34,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import torch
+from benchmark_data import scratch_folder, show
 from PIL import Image, features
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
@@ -59,15 +60,6 @@ Rate = Callable[[int], float]  # about so many images → images per second
 
 
 # Photos
-
-@contextmanager
-def scratch_folder(where: str | None) -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(dir=where))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder)
-
 
 def draw_photos(scratch: Path, photos: int) -> tuple[Path, Path]:  # a tree of folders; the same with its photos in a ZIP
     "Draw studio photos of the real size."
@@ -403,14 +395,6 @@ def build_row(job: tuple[str, str], photos: int, seconds: float, parts: np.ndarr
 
 
 # Showing
-
-def show(title: str, table: pd.DataFrame) -> None:
-    "Print a table as Markdown."
-    print(f"\n### {title}\n")
-    print("| " + " | ".join(map(str, table.columns)) + " |\n|" + "---|" * len(table.columns))
-    for row in table.itertuples(index=False):
-        print("| " + " | ".join(str(x) for x in row) + " |", flush=True)
-
 
 def describe_machine() -> str:
     "Name the machine and the versions that matter."
