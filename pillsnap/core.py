@@ -103,7 +103,7 @@ class SampleFields:
     fold: int = number(0, "of 5", 0, 4, "split=photo: which fifth of the photos is the test split")
     seed: int = number(7, "", 0, 2**31 - 1, "seed of the weights, the order and the augmentation; the sample has none")
 
-# %% ../nbs/00_core.ipynb #449b1b28
+# %% ../nbs/00_core.ipynb #d2767562
 @dataclass(**FROZEN)
 class ClassifierFields(SampleFields):
     "How the classifier is trained."
@@ -117,19 +117,20 @@ class ClassifierFields(SampleFields):
     epochs: int = number(20, "epochs", 1, 1000, "passes over the training split")
     patience: int = number(0, "epochs", 0, 1000, "stop after so many epochs without a better validation; 0: never")
     batch: int = number(32, "pills", 2, 4096, "pills in one step")
+    batch_search: bool = choice(False, "take as many pills in one step as the GPU's memory holds instead, and lr times the root of their ratio to `batch`")
     lr: float = number(2e-3, "", 1e-7, 1, "peak learning rate")
     weight_decay: float = number(0.02, "", 0, 1, "AdamW weight decay")
     warmup: float = number(1, "epochs", 0, 100, "linear warm-up")
     label_smoothing: float = number(0.05, "", 0, 0.5, "mass spread over the other classes")
     augment: float = number(1.0, "", 0, 2, "strength of the augmentation, of the detector's too; 0 switches it off")
 
-# %% ../nbs/00_core.ipynb #030a2cf9
+# %% ../nbs/00_core.ipynb #838efb6f
 @dataclass(**FROZEN)
 class MethodFields(ClassifierFields):
     "Methods of the classifier's training, each off unless a row says otherwise."
     resize: Literal["none", "linear", "exponential", "cosine", "step"] = choice("none", "how the input grows over the epochs, from `size_from` to `size`; augmentation and batch follow")
     size_from: int = number(96, "px", 32, 1024, "resize: side of the input in the first epoch")
-    accumulate: int = number(1, "parts", 1, 1024, "parts in which a batch goes through the network, their gradients added up")
+    accumulate: int = number(0, "parts", 0, 1024, "parts in which a batch goes through the network, their gradients added up; 0: as few as the GPU's memory allows, found by trying")
     clip: float = number(0, "", 0, 1e6, "largest norm of the gradient; 0: no limit")
     ema: float = number(0, "pills", 0, 1e9, "the averaged weights forget half in so many pills; 0: no average")
     mixup: float = number(0, "alpha", 0, 10, "blend pictures and labels; 0: off")
@@ -142,6 +143,7 @@ class MethodFields(ClassifierFields):
     checkpoint_minutes: float = number(10, "minutes", 0.001, 1000, "a checkpoint at least so often, besides one after each epoch")
     cap: float = number(0, "hours", 0, 1000, "end the classifier's training after so long, with its best weights and a report; 0: never")
     keep_top: int = number(1, "epochs", 1, 100, "keep the weights of so many best epochs")
+    hard: int = number(24, "pills", 0, 1000, "validation pills of highest loss that are kept of each epoch, with their pictures")
 
 # %% ../nbs/00_core.ipynb #fad9c85f
 @dataclass(**FROZEN)
@@ -159,7 +161,7 @@ class DetectorFields(MethodFields):
     strategy: Literal["classifier", "detector", "sequential", "interleaved"] = choice("sequential", "one model alone, one after the other, or by turns")
     interleave_ratio: float = number(1.0, "epochs", 0.01, 100, "strategy=interleaved: classifier epochs for every detector epoch")
 
-# %% ../nbs/00_core.ipynb #4ccf02ef
+# %% ../nbs/00_core.ipynb #abcbeb32
 @dataclass(**FROZEN)
 class Stage(DetectorFields):
     "One row of the stage table: what is sampled, what is trained, what is expected."
@@ -172,6 +174,7 @@ class Stage(DetectorFields):
     pin: Literal["auto", "on", "off"] = choice("auto", "page-locked memory for batches; auto: with a GPU")
     skip_unreadable: bool = choice(False, "skip and count unreadable photos instead of stopping")
     tensorboard: bool = choice(True, "write TensorBoard files into the run")
+    wandb: str = choice("", "Weights & Biases project that is told of each epoch; empty: none", r"^[\w.-]*$")
     hours: float = number(0.05, "hours", 0.001, 1000, "training time the stage should need")
     gates: dict[str, float] = Field(default_factory=dict, description="metric → least value, of AT_MOST the largest", json_schema_extra={"unit": ""})
 

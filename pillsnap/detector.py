@@ -7,8 +7,8 @@ __all__ = ['MODELS', 'CACHE', 'import_ultralytics', 'keep_libraries', 'keep_thre
            'save_detector', 'read_detector', 'Detector', 'check_photo', 'load_detector', 'read_start_weights',
            'allowed_layers', 'start_from', 'DetectorPlan', 'plan_detector', 'pick_amp', 'augmentation',
            'trainer_settings', 'DetectorJob', 'trainer_class', 'read_set', 'amp_unchecked', 'check_finite', 'keep',
-           'read_scores', 'restore', 'read_checkpoint', 'begin_epoch', 'end_batch', 'end_epoch', 'make_trainer',
-           'train_detector', 'run_trainer', 'finish_detector', 'detector_epochs', 'score_detector']
+           'read_scores', 'restore', 'last_state', 'begin_epoch', 'end_batch', 'end_epoch', 'make_trainer',
+           'train_detector', 'run_trainer', 'finish_detector', 'score_detector']
 
 # %% ../nbs/03d_detector.ipynb #cdd0464e
 import contextlib
@@ -382,20 +382,19 @@ def check_finite(trainer: Any) -> bool:  # False: the epoch is good
         raise PillSnapError(f"the detector's loss is {trainer.loss.item()} in epoch {trainer.epoch + 1}: lower lr, or take precision=fp32")
     return False
 
-# %% ../nbs/03d_detector.ipynb #6c66b235
+# %% ../nbs/03d_detector.ipynb #a59b8ba2
 def keep(trainer: Any) -> bool:
     "Write the best weights, the EMA's, if they are, then the checkpoint."
     job, scores = trainer.job, read_scores(trainer)
     if trainer.best_fitness == trainer.fitness:
         job.best = scores
         save_detector(job.home / "best.safetensors", trainer.ema.ema, job.start_weights, model=job.plan.model, size=job.plan.size, **job.identity, **scores)
-    import torch
+    from pillsnap.checkpoints import write_checkpoint
 
     parts = {"model": trainer.model, "ema": trainer.ema.ema, "optimizer": trainer.optimizer, "scaler": trainer.scaler}
     stopper = {"best_fitness": trainer.stopper.best_fitness, "best_epoch": trainer.stopper.best_epoch}
     state = {"epoch": trainer.epoch + 1, "updates": trainer.ema.updates, "best_fitness": trainer.best_fitness, "stopper": stopper, "best": job.best, "start_weights": job.start_weights, "done": bool(trainer.stop)}
-    with atomic_path(job.home / "last.pt") as part:
-        torch.save({name: value.state_dict() for name, value in parts.items()} | json.loads(json.dumps(state, default=float)) | {"identity": job.identity}, part)
+    write_checkpoint(job.home / "last.pt", {name: value.state_dict() for name, value in parts.items()} | json.loads(json.dumps(state, default=float)), job.identity)
     return True
 
 
@@ -404,12 +403,11 @@ def read_scores(trainer: Any) -> dict[str, Any]:
     names = {"metrics/mAP50(B)": "val_map50", "metrics/mAP50-95(B)": "val_map50_95", "metrics/precision(B)": "val_precision", "metrics/recall(B)": "val_recall"}
     return {"epoch": trainer.epoch + 1, **{ours: round(float(trainer.metrics[theirs]), 5) for theirs, ours in names.items()}}
 
-# %% ../nbs/03d_detector.ipynb #cafdba8f
+# %% ../nbs/03d_detector.ipynb #b6debfcb
 def restore(trainer: Any) -> None:
     "Go on from the job's last checkpoint, if there is one."
     job = trainer.job
-    if (job.home / "last.pt").exists():
-        state = read_checkpoint(job)
+    if (state := last_state(job)[0])["epoch"]:
         for name, value in {"model": trainer.model, "ema": trainer.ema.ema, "optimizer": trainer.optimizer, "scaler": trainer.scaler}.items():
             value.load_state_dict(state[name])
         trainer.ema.updates, trainer.best_fitness, trainer.start_epoch = state["updates"], state["best_fitness"], state["epoch"]
@@ -417,20 +415,18 @@ def restore(trainer: Any) -> None:
         job.best, job.start_weights = state["best"], state["start_weights"]
 
 
-def read_checkpoint(job: DetectorJob) -> dict[str, Any]:
-    "Read the last checkpoint; raises PillSnapError that names both sides where it belongs to something else."
-    import torch
+def last_state(job: DetectorJob) -> tuple[dict[str, Any], str]:  # the state, of epoch 0 if there is none; "" or what was wrong with the last one
+    "Read the last checkpoint, or the one before it; raises PillSnapError that names both sides where it belongs to something else."
+    from pillsnap.checkpoints import read_checkpoint
 
-    path = job.home / "last.pt"
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as e:
-        raise PillSnapError(f"checkpoint {path} cannot be read: {e}") from None
+    if not (job.home / "last.pt").exists():
+        return {"epoch": 0, "done": False}, ""
+    state, wrong = read_checkpoint(job.home / "last.pt")
     there, here = ({**identity, **identity["plan"], "plan": None} for identity in (state["identity"], job.identity))
     for name in here:
         if there.get(name) != here[name]:
-            raise PillSnapError(f"checkpoint {path} has another {name}: {there.get(name)!r} there, {here[name]!r} here")
-    return state
+            raise PillSnapError(f"checkpoint {job.home / 'last.pt'} has another {name}: {there.get(name)!r} there, {here[name]!r} here")
+    return state, wrong
 
 # %% ../nbs/03d_detector.ipynb #d030df58
 def begin_epoch(trainer: Any) -> None:
@@ -492,7 +488,7 @@ def make_trainer(
         trainer.add_callback(event, callback)
     return trainer
 
-# %% ../nbs/03d_detector.ipynb #f3bb2e98
+# %% ../nbs/03d_detector.ipynb #a6f83893
 def train_detector(
     stage: Stage,
     yolo_set: Path,
@@ -505,14 +501,16 @@ def train_detector(
     "Train a detector, from the run's last checkpoint if it has one; the best weights are RUN/detector/best.safetensors."
     plan = plan_detector(stage, **changes)
     trainer = make_trainer(plan, yolo_set, run, device, on_step, on_epoch)
-    last = read_checkpoint(trainer.job) if (run / "detector/last.pt").exists() else {"epoch": 0, "done": False}
+    last, wrong = last_state(trainer.job)
+    if wrong:
+        append_event(run, "note", message=f"{wrong}; going on from the one before it")
     counts = read_json(yolo_set / "set.json")["counts"]
     append_event(run, "detector_start", from_epoch=last["epoch"], epochs=trainer.epochs, device=device, amp=str(trainer.args.amp), start_weights=trainer.job.start_weights, counts=counts)
     if not last["done"]:
         run_trainer(trainer)
     return finish_detector(trainer.job)
 
-# %% ../nbs/03d_detector.ipynb #0caf68aa
+# %% ../nbs/03d_detector.ipynb #1a3a6791
 def run_trainer(trainer: Any) -> None:
     "Run the training; at its end, also at an early one, threads and loaders are as before."
     with keep_threads():
@@ -531,11 +529,6 @@ def finish_detector(job: DetectorJob) -> dict[str, Any]:
     scores = {k: v for k, v in meta.items() if k.startswith("val_")} | {"best_epoch": meta["epoch"], "epochs": len(epochs)}
     append_event(job.run, "detector_end", weights=meta["weights"], start_weights=meta["start_weights"], **scores)
     return scores | {"file": str(job.home / "best.safetensors")}
-
-
-def detector_epochs(run: Path) -> pd.DataFrame:  # index: epoch
-    "Tabulate a run's detector epochs; an epoch repeated after a resume counts once."
-    return pd.DataFrame(read_events(run, "detector_epoch")).drop_duplicates("epoch", keep="last").set_index("epoch").drop(columns=["time", "event"])
 
 # %% ../nbs/03d_detector.ipynb #279d0e1a
 def score_detector(

@@ -10,7 +10,8 @@ __all__ = ['SAMPLE', 'PHOTO', 'LOADING', 'TESTED', 'VALIDATED', 'Sample', 'take_
            'find_detector_weights', 'find_versions', 'find_fonts', 'look_around', 'time_detector', 'flatten', 'outlook',
            'count_weights', 'Diagnosis', 'examine', 'existing', 'sample_dataset', 'limit_once', 'rate_table']
 
-# %% ../nbs/04b_doctor.ipynb #5925cfd7
+# %% ../nbs/04b_doctor.ipynb #843b64cc
+import contextlib
 import os
 import shutil
 import tempfile
@@ -37,6 +38,7 @@ from .detector import build_network
 from .engine import start_training, train_step
 from .files import Source
 from .manifest import load_manifest
+from .methods import size_at
 from .synthetic import make_looks, photo_single
 from .train import classifier_pills
 from .trees import ensure_synthetic
@@ -374,19 +376,23 @@ def look_around(plan: Parameters, device: str) -> list[Finding]:
     code = Finding("code", f"edited but not exported: {', '.join(stale)}" if stale else "notebooks and module agree", "nbdev_export" if stale else "")
     return [find_gpu(device), *find_memory(count_workers(plan.stage.workers)), find_space(plan.settings), find_data(plan), find_weights(plan.stage), find_detector_weights(plan.stage), find_versions(), find_fonts(), code]
 
-# %% ../nbs/04b_doctor.ipynb #c95c4fed
+# %% ../nbs/04b_doctor.ipynb #cd17abf4
 def time_detector(stage: Stage, device: str) -> float:  # seconds for one image in a training step
     "Time the detector's network forward and back on one image; on a CPU at half the side, times four."
     network = build_network(stage.detector).to(device).train()
     side = max(64, stage.detector_size // (2 if device == "cpu" else 1) // 32 * 32)
 
+    half = torch.autocast(device, torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16) if device.startswith("cuda") and stage.precision != "fp32" else contextlib.nullcontext()
+    photos = 2 if device == "cpu" else stage.detector_batch
+
     def step(n: int) -> None:
-        out = network(torch.zeros(2, 3, side, side, device=device))
+        with half:
+            out = network(torch.zeros(photos, 3, side, side, device=device))
         sum(part.float().mean() for part in flatten(out)).backward()
         wait_for(device)
 
     step(0) if device != "cpu" else None
-    return seconds_each(step, range(10), 0.5) / 2 * (stage.detector_size / side) ** 2
+    return seconds_each(step, range(10), 0.5) / photos * (stage.detector_size / side) ** 2
 
 
 def flatten(value: Any) -> list[torch.Tensor]:
@@ -395,16 +401,17 @@ def flatten(value: Any) -> list[torch.Tensor]:
         return [value] if value.requires_grad else []
     return [tensor for part in (value.values() if isinstance(value, dict) else value) for tensor in flatten(part)]
 
-# %% ../nbs/04b_doctor.ipynb #9c1b7d64
+# %% ../nbs/04b_doctor.ipynb #1668ac5a
 VALIDATED = 3.0  # images that a forward pass answers in the time of one that trains
 
 
-def outlook(stage: Stage, sample: Sample, photos: dict[str, float], pace: float, kind: str, workers: int, detector: float) -> pd.DataFrame:  # hours, GB
-    "Estimate time and space of a stage from measured rates; `pace`: pills that train in a second."
+def outlook(stage: Stage, sample: Sample, photos: dict[str, float], pace: Callable[[float], float], kind: str, workers: int, detector: float) -> pd.DataFrame:  # hours, GB
+    "Estimate time and space of a stage from measured rates; `pace`: pills that train in a second, where a pill has so many of the pixels of the full size."
     pills, detected = sample.train + sample.val, round(sample.trays * (1 + stage.composed))
     once = ((photos["disk"] + photos["decode"]) * sample.photos + photos["keep"]) * pills / max(1, workers)  # a photo is read once for all its pills
     size = estimate_bytes(sample.pills, sample.roots, plan_cut(stage, kind)) / len(sample.pills) * pills if kind != "off" else 0
-    rows = {"cache of pills": (once if kind != "off" else 0, size), "classifier": (stage.epochs * (sample.train + sample.val / VALIDATED) / pace, 0),
+    epochs = [sample.train / pace((size_at(stage, epoch) / stage.size) ** 2) + sample.val / VALIDATED / pace(1.0) for epoch in range(stage.epochs)]
+    rows = {"cache of pills": (once if kind != "off" else 0, size), "classifier": (sum(epochs), 0),
             "detector": (stage.detector_epochs * detected * detector, detected * stage.detector_size**2 * 0.35), "weights and checkpoints": (0, count_weights(stage) * 4 * 6)}
     chosen = {"classifier": ["detector"], "detector": ["classifier", "cache of pills"]}.get(stage.strategy, [])
     table = pd.DataFrame({name: row for name, row in rows.items() if name not in chosen}, index=["hours", "GB"]).T / [3600, 1e9]
@@ -430,7 +437,7 @@ class Diagnosis:
     why: str
     seconds: float
 
-# %% ../nbs/04b_doctor.ipynb #4dafc1bb
+# %% ../nbs/04b_doctor.ipynb #02dd4a71
 def examine(
     plan: Parameters,
     limit_s: float = 1.0,  # for one measurement; less is rougher
@@ -448,7 +455,8 @@ def examine(
         computing, copying = rate_computing(stage, stage.classes, device, 3 * limit_s), rate_copying(stage, device, limit_s / 2)
         workers, cores = count_workers(stage.workers), count_workers()
         limit = find_limit(links, loading, copying, computing, workers, cores)
-        pace = loading * computing.rate / (loading + computing.rate) if device == "cpu" else limit.rate  # a CPU does both with the same cores
+        others = min(loading, copying or np.inf)
+        pace = (lambda pixels: 1 / (1 / loading + pixels / computing.rate)) if device == "cpu" else (lambda pixels: min(others, computing.rate / pixels))  # a CPU does both with the same cores
         detector = time_detector(stage, device) if stage.strategy != "classifier" else 0.0
         expected = outlook(stage, sample, photos, pace, kind, min(workers, cores), detector)
     findings = look_around(plan, device) + [Finding("memory of the device", note, "a smaller batch, or accumulate=2 for the same batch in parts") for note in computing.notes]

@@ -11,7 +11,7 @@ __all__ = ['MAY_CHANGE', 'RUNGS', 'interval', 'calibration_bins', 'expected_cali
            'evaluate_trays', 'evaluate_framing', 'evaluate_run', 'tidy', 'gate_table', 'metric_table',
            'show_worst_trays', 'show_framing', 'step_table']
 
-# %% ../nbs/05_evaluate.ipynb #5d8133f7
+# %% ../nbs/05_evaluate.ipynb #63f6d35f
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -33,7 +33,7 @@ from .manifest import Manifest, load_manifest
 from .pipeline import Outcome, measure_framing, measure_pipeline, open_pipeline, plot_framing, run_pipeline, show_worst, test_trays, time_steps
 from .preprocess import Preprocess, cover_pill
 from .scores import LOSSES, share
-from .train import classifier_pills, compare_runs
+from .train import classifier_pills
 from .viz import SPLIT_COLOURS, image_grid, plot_bars, plot_confusion, plot_lines, plot_reliability
 
 # %% ../nbs/05_evaluate.ipynb #63425a8c

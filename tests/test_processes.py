@@ -1,10 +1,12 @@
 "Kills, signals and full disks: what is on the disk is whole, and the run goes on."
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 
 import pytest
 
@@ -36,7 +38,7 @@ def test_sigterm_stops_after_a_step_and_the_run_can_go_on(run):
     launched = launch(run)
     wait_for_epoch(run, 1)
     launched.process.send_signal(signal.SIGTERM)
-    with pytest.raises(PillSnapError, match=f"go on with resume={run}"):
+    with pytest.raises(PillSnapError, match=f"go on with pillsnap run train .*--resume {run}"):
         follow(launched)
     assert launched.process.wait() == 128 + signal.SIGTERM and run_state(run) == "stopped"
     done = read_events(run, "epoch")[-1]["epoch"]
@@ -122,6 +124,41 @@ def test_pillsnap_run_passes_signals_on_and_resumes(environ, tree, tmp_path):
         wait_for_epoch(run, done + 2)
         process.send_signal(number)
         output = process.communicate(timeout=60)[0]
-        assert process.returncode == 1 and run_state(run) == "stopped" and f"epoch {done + 1:3}/500" in output and f"go on with resume={run}" in output
+        assert process.returncode == 1 and run_state(run) == "stopped" and f"epoch {done + 1:3}/500" in output and f"--resume {run}" in output
         assert f"stopped by signal {number}" in (tmp_path / "reports/stage_0-tiny/04_train.html").read_text("utf-8")
     assert read_events(run, "start")[-1]["from_epoch"] == done > 1
+
+
+def test_progress_prints_the_command_that_goes_on(environ, tree, tmp_path):
+    "A training that was killed is told as such, and what `pillsnap progress` prints goes on with it; TensorBoard is there meanwhile."
+    words = ["run", "train", "--run", "first", "--data-root", str(tree), "--overrides", "name=tiny images=80 classes=4 epochs=12 size=32 batch=16 workers=0 strategy=classifier backgrounds=0"]
+    call = [sys.executable, "-c", "from pillsnap.cli import main; main()"]
+    run, env = tmp_path / "work/runs/stage_0-tiny/first", os.environ | environ
+    process = subprocess.Popen([*call, *words], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=PROJECT)
+    wait_for_epoch(run, 2)
+    os.kill(read_events(run, "launched")[-1]["pid"], signal.SIGKILL)
+    process.communicate(timeout=60)
+    told = subprocess.run([*call, "progress"], env=env, capture_output=True, text=True, check=True, cwd=PROJECT).stdout
+    assert "ended without a word" in told
+    command = shlex.split(told.partition("to go on:\n")[2].splitlines()[0])
+    assert command[0] == "pillsnap"
+    process = subprocess.Popen([*call, *command[1:], "--tensorboard"], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=PROJECT)
+    address = next(line for line in process.stdout if line.startswith("TensorBoard: ")).split()[1]
+    served = fetch(address, seconds=60)
+    assert process.communicate(timeout=120) and process.returncode == 0 and "<title>TensorBoard</title>" in served
+    assert run_state(run) == "end" and read_events(run, "start")[-1]["from_step"] > 0
+    with pytest.raises(OSError):
+        urllib.request.urlopen(address, timeout=2)
+    assert "to go on" not in subprocess.run([*call, "progress"], env=env, capture_output=True, text=True, check=True, cwd=PROJECT).stdout
+
+
+def fetch(address, seconds):
+    "Fetch a page from a server that is just starting."
+    end = time.time() + seconds
+    while True:
+        try:
+            return urllib.request.urlopen(address, timeout=5).read().decode()
+        except OSError:
+            if time.time() > end:
+                raise
+            time.sleep(0.2)

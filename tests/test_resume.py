@@ -16,7 +16,7 @@ from conftest import KILLS
 from safetensors.torch import load_file
 
 from pillsnap.core import Parameters, get_stage, load_settings, read_events, read_json, run_state, write_json
-from pillsnap.engine import previous_of, read_checkpoint
+from pillsnap.checkpoints import previous_of, read_checkpoint
 from pillsnap.index import ensure_index
 from pillsnap.manifest import ensure_manifest
 from pillsnap.train import fit, prepare_run
