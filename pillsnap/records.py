@@ -50,7 +50,7 @@ def detector_epochs(run: Path) -> pd.DataFrame:  # index: epoch
     "Tabulate a run's detector epochs; an epoch repeated after a resume counts once."
     return pd.DataFrame(read_events(run, "detector_epoch")).drop_duplicates("epoch", keep="last").set_index("epoch").drop(columns=["time", "event"])
 
-# %% ../nbs/03eb_records.ipynb #05645821
+# %% ../nbs/03eb_records.ipynb #0be5fc8d
 PARTS = {"training_s": "training steps", "waiting_s": "waiting for crops", "validating_s": "validation", "saving_s": "saving"}  # field of an epoch → what its seconds went into
 
 
@@ -70,9 +70,9 @@ def plot_pace(run: Path) -> Figure | None:
     for (name, said), colour in zip(PARTS.items(), SPLIT_COLOURS.values()):
         time.bar(table.index, table[name], bottom=below, color=colour, label=said, width=0.85)
         below = below + table[name]
-    time.set(title="seconds of an epoch")
-    for ax in (sizes, time):
-        ax.legend(fontsize=7)
+    time.set(title="seconds of an epoch", ylim=(0, 1.5 * below.max()))
+    sizes.legend(fontsize=7)
+    time.legend(fontsize=7, ncols=2, loc="upper center")
     for ax in (sizes, speed, time):
         ax.set(xlabel="epoch")
     return figure

@@ -83,7 +83,7 @@ def image_grid(
             ax.add_patch(Rectangle((x, y), w, h, fill=False, color=BAD, lw=1.2))
     return figure
 
-# %% ../nbs/00a_viz.ipynb #435f12c7
+# %% ../nbs/00a_viz.ipynb #feb3d153
 def plot_curves(
     table: pd.DataFrame,  # index: epoch; one column per curve, named `train_loss`, `val_top1` …
     panels: Mapping[str, Sequence[str]],  # title → columns drawn in it
@@ -91,9 +91,9 @@ def plot_curves(
     "Draw training curves; the colour follows the split in front of the name."
     figure, axes = new_figure(3.6 * len(panels), 2.6, len(panels))
     for ax, (title, columns) in zip(axes, panels.items()):
-        for column in columns:
-            colour = SPLIT_COLOURS.get(column.split("_")[0], INK)
-            ax.plot(table.index, table[column], color=colour, label=column, marker="." if len(table) < 40 else "", ls="--" if column.endswith("f1") else "-")
+        colours = [SPLIT_COLOURS.get(column.split("_")[0], INK) for column in columns]
+        for i, (column, colour) in enumerate(zip(columns, colours)):
+            ax.plot(table.index, table[column], color=colour, label=column, marker="." if len(table) < 40 else "", ls=("-", "--", ":")[min(2, colours[:i].count(colour))])
         ax.set(title=title, xlabel=table.index.name)
         if len(columns) > 1:
             ax.legend()
