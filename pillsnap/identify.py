@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['Classify', 'MODES', 'decode_photo', 'open_photo', 'open_photos', 'clean_boxes', 'find_pills', 'check_region',
-           'choose_regions', 'cut_pills', 'check_probabilities', 'classify_crops', 'Answer', 'name_pills', 'timed',
-           'check_request', 'identify', 'step_times']
+           'choose_regions', 'cut_pills', 'check_outputs', 'classify_crops', 'Answer', 'Extra', 'read_pills', 'timed',
+           'check_request', 'open_backs', 'identify', 'step_times']
 
-# %% ../nbs/03f_identify.ipynb #da42cec6
+# %% ../nbs/03f_identify.ipynb #f64f9d9a
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,10 +21,11 @@ from PIL import UnidentifiedImageError
 from .aihub import UNREADABLE, decode_picture
 from .boxes import DOUBLE_IOU, LEAST_SCORE, Detect, check_pixels, clip_boxes, suppress_doubles
 from .core import PillSnapError, suggest
+from .judge import Hint, Judge, Reading, Verdict, allow, fuse, weigh
 from .preprocess import Preprocess
 
-# %% ../nbs/03f_identify.ipynb #5458d025
-Classify = Callable[[np.ndarray], np.ndarray]
+# %% ../nbs/03f_identify.ipynb #f3c0ee68
+Classify = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 def decode_photo(data: bytes) -> np.ndarray:  # (h, w, 3) uint8 RGB, turned upright by its EXIF tag
@@ -111,30 +112,31 @@ def choose_regions(photos: Mapping[int, np.ndarray], regions: Mapping[int, Seque
             wrong[place] = str(e)
     return boxes, wrong
 
-# %% ../nbs/03f_identify.ipynb #a3d01f48
+# %% ../nbs/03f_identify.ipynb #a2999576
 def cut_pills(photo: np.ndarray, boxes: np.ndarray, pre: Preprocess) -> list[np.ndarray]:  # per box (size, size, 3) uint8
     "Cut the pills of one photo."
     return [pre.cut(photo, box[:4]) for box in boxes]
 
 
-def check_probabilities(p: np.ndarray, n: int, classes: int) -> None:
-    "Raise ValueError for what cannot be the probabilities of n crops."
-    if p.shape != (n, classes):
-        raise ValueError(f"classify gave an array {p.shape} for {n} crops and {classes} classes")
-    if not np.isfinite(p).all() or (p < 0).any() or (np.abs(p.sum(1) - 1) > 0.01).any():
-        raise ValueError(f"classify gave values from {p.min():.3g} to {p.max():.3g} with sums from {p.sum(1).min():.3g} to {p.sum(1).max():.3g}: these are no probabilities")
+def check_outputs(logits: np.ndarray, features: np.ndarray, n: int, classes: int) -> None:
+    "Raise ValueError for what cannot be the logits and features of n crops."
+    if logits.shape != (n, classes) or features.ndim != 2 or len(features) != n:
+        raise ValueError(f"classify gave arrays {logits.shape} and {features.shape} for {n} crops and {classes} classes")
+    if not (np.isfinite(logits).all() and np.isfinite(features).all()):
+        raise ValueError(f"classify gave {int((~np.isfinite(logits)).sum())} logits and {int((~np.isfinite(features)).sum())} features that are no numbers")
 
 
-def classify_crops(crops: Mapping[int, list[np.ndarray]], classify: Classify, classes: int) -> dict[int, np.ndarray]:  # place → (n, classes)
+def classify_crops(crops: Mapping[Any, list[np.ndarray]], classify: Classify, judge: Judge) -> dict[Any, Reading]:  # key → its crops, read
     "Classify the crops of all photos as one batch; without a crop the classifier is not asked."
     batch = [crop for found in crops.values() for crop in found]
     if not batch:
-        return {place: np.empty((0, classes)) for place in crops}
-    p = np.asarray(classify(np.stack(batch)))
-    check_probabilities(p, len(batch), classes)
-    return dict(zip(crops, np.split(p, np.cumsum([len(found) for found in crops.values()])[:-1])))
+        return {}
+    logits, features = map(np.asarray, classify(np.stack(batch)))
+    check_outputs(logits, features, len(batch), len(judge.classes))
+    ends = np.cumsum([len(found) for found in crops.values()])[:-1]
+    return {key: judge.read(*own) for key, *own in zip(crops, np.split(logits, ends), np.split(features, ends)) if len(own[0])}
 
-# %% ../nbs/03f_identify.ipynb #d7ab42b0
+# %% ../nbs/03f_identify.ipynb #7052b6c6
 MODES = ("single", "combination")
 
 
@@ -142,21 +144,31 @@ MODES = ("single", "combination")
 class Answer:
     "What is said about one photo: nothing found is an answer with no boxes, what could not be answered has an error."
     boxes: np.ndarray  # (n, 5) x, y, w, h in px of the photo, score; best first. A region of the caller has score 1
-    top: list[list[tuple[str, float]]]  # per box: K-codes with their probabilities, best first
+    pills: list[Verdict]  # per box
     error: str = ""
 
     @property
     def k_codes(self) -> list[str]:
-        "The best K-code of each box."
-        return [best[0][0] for best in self.top]
+        "The best K-code of each box, whether it is known or not."
+        return [pill.top[0][0] for pill in self.pills]
 
 
-def name_pills(boxes: np.ndarray, p: np.ndarray, classes: Sequence[str], top: int) -> Answer:
-    "Turn the probabilities of one photo's pills into K-codes."
-    order = np.argsort(-p, axis=1, kind="stable")[:, :top]
-    return Answer(boxes, [[(classes[i], float(row[i])) for i in best] for row, best in zip(p, order)])
+@dataclass(frozen=True, eq=False)
+class Extra:
+    "What a caller adds to one photo."
+    back: np.ndarray | bytes | None = None  # mode single: a photo of the pill's other side, the pill as large as the photo
+    allowed: Collection[str] | None = None  # K-codes; None allows all
+    hint: Hint = Hint()  # said of every pill of the photo
 
-# %% ../nbs/03f_identify.ipynb #142599d8
+
+def read_pills(readings: Mapping[Any, Reading], place: int, extra: Extra, registry: pd.DataFrame | None) -> Reading:
+    "Join what is known about the pills of one photo; raises PillSnapError for an allowed drug that cannot be named."
+    reading = fuse(readings[place], readings["back", place]) if ("back", place) in readings else readings[place]
+    if extra.hint != Hint() and registry is not None:
+        reading = weigh(reading, extra.hint, registry)
+    return reading if extra.allowed is None else allow(reading, extra.allowed)
+
+# %% ../nbs/03f_identify.ipynb #a5171cd3
 @contextmanager
 def timed(seconds: dict[str, float], step: str) -> Iterator[None]:
     "Note how long the block took."
@@ -165,33 +177,47 @@ def timed(seconds: dict[str, float], step: str) -> Iterator[None]:
     seconds[step] = time.perf_counter() - start
 
 
-def check_request(photos: Sequence, mode: str, detect: Detect | None, regions: Sequence | None, top: int) -> None:
+def check_request(photos: Sequence, mode: str, detect: Detect | None, regions: Sequence | None, extras: Sequence | None, top: int) -> None:
     "Raise PillSnapError for a mode that does not exist, and for what does not belong to it."
     if mode not in MODES:
         raise PillSnapError(f"unknown mode {mode!r}: {suggest(mode, MODES)}")
     if mode == "combination" and (detect is None or regions is not None):
         raise PillSnapError("mode 'combination' needs a detector" if detect is None else "regions of interest belong to mode 'single'; 'combination' finds the pills itself")
-    if regions is not None and len(regions) != len(photos):
-        raise PillSnapError(f"{len(regions)} regions for {len(photos)} photos: give one per photo, None for the whole photo")
+    if mode == "combination" and any(extra and extra.back is not None for extra in extras or ()):
+        raise PillSnapError("a photo of the back belongs to mode 'single': in 'combination' nobody knows which pill is which")
+    for what, given in (("regions", regions), ("extras", extras)):
+        if given is not None and len(given) != len(photos):
+            raise PillSnapError(f"{len(given)} {what} for {len(photos)} photos: give one per photo, None for {'the whole photo' if what == 'regions' else 'nothing'}")
     if top < 1:
         raise PillSnapError(f"top={top}: at least 1 answer per pill")
 
-# %% ../nbs/03f_identify.ipynb #e4a294b0
+
+def open_backs(extras: Mapping[int, Extra], pre: Preprocess) -> tuple[dict[Any, list[np.ndarray]], dict[int, str]]:  # ("back", place) → crops; place → what is wrong
+    "Open and cut the photos of the pills' backs."
+    places = [place for place, extra in extras.items() if extra.back is not None]
+    opened, wrong = open_photos([extras[place].back for place in places])
+    whole = replace(pre, margin=0.0)
+    return ({("back", places[i]): cut_pills(photo, check_region(None, photo.shape), whole) for i, photo in opened.items()}, {places[i]: f"the photo of the back: {said}" for i, said in wrong.items()})
+
+# %% ../nbs/03f_identify.ipynb #5493cd9f
 def identify(
     photos: Sequence[np.ndarray | bytes],  # (h, w, 3) uint8 RGB, or the bytes of image files
     mode: str,  # single: the region is the pill; combination: find the pills first
     detect: Detect | None,  # None in mode single
     classify: Classify,
-    classes: Sequence[str],  # K-codes: the class map of the classifier
+    judge: Judge,  # says what the classifier's numbers are worth, and names the drugs
     pre: Preprocess,  # the classifier's
-    top: int = 5,  # answers per pill
+    top: int = 5,  # drugs named per pill
     regions: Sequence[Sequence[float] | None] | None = None,  # mode single: x, y, w, h in px per photo; None: the whole photo
     least_score: float = LEAST_SCORE,  # of a detection
     double_iou: float = DOUBLE_IOU,  # above it two boxes are one pill
+    extras: Sequence[Extra | None] | None = None,  # what the caller adds to each photo
+    registry: pd.DataFrame | None = None,  # index K-code, columns of `drugs.REGISTRY`; hints need it
 ) -> tuple[list[Answer], dict[str, float]]:  # one answer per photo, in order; seconds of open, detect, cut, classify
     "Say which pills are in each photo; raises PillSnapError for a bad request, ValueError for callables that break their contract."
-    check_request(photos, mode, detect, regions, top)
+    check_request(photos, mode, detect, regions, extras, top)
     seconds: dict[str, float] = {}
+    added = {place: extra or Extra() for place, extra in enumerate(extras or [None] * len(photos))}
     with timed(seconds, "open"):
         opened, wrong = open_photos(photos)
     with timed(seconds, "detect"):
@@ -199,11 +225,13 @@ def identify(
         boxes, refused = (find_pills(opened, detect, least_score, double_iou), {}) if mode == "combination" else choose_regions(opened, asked)
     with timed(seconds, "cut"):
         whole = opened.keys() - asked.keys() if mode == "single" else set()
-        crops = {place: cut_pills(opened[place], found, replace(pre, margin=0.0) if place in whole else pre) for place, found in boxes.items()}
+        crops: dict[Any, list[np.ndarray]] = {place: cut_pills(opened[place], found, replace(pre, margin=0.0) if place in whole else pre) for place, found in boxes.items()}
+        backs, unread = open_backs(added, pre)
     with timed(seconds, "classify"):
-        p = classify_crops(crops, classify, len(classes))
-    errors = wrong | refused
-    return [Answer(np.empty((0, 5)), [], errors[i]) if i in errors else name_pills(boxes[i], p[i], classes, top) for i in range(len(photos))], seconds
+        readings = classify_crops(crops | backs, classify, judge)
+        errors = wrong | refused | unread
+        verdicts = {place: judge.decide(read_pills(readings, place, added[place], registry), top) for place in boxes if place in readings and place not in errors}
+    return [Answer(np.empty((0, 5)), [], errors[i]) if i in errors else Answer(boxes[i], verdicts.get(i, [])) for i in range(len(photos))], seconds
 
 # %% ../nbs/03f_identify.ipynb #b67b052d
 def step_times(

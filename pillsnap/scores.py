@@ -7,7 +7,7 @@ __all__ = ['IOUS', 'RECALLS', 'MOST_BOXES', 'LOSSES', 'PILL_COLUMNS', 'MARGINS',
            'average_precision', 'Ranked', 'rank_boxes', 'score_boxes', 'detection_metrics', 'Truth',
            'answer_true_boxes', 'blame', 'match_pills', 'pill_table', 'tray_table', 'pipeline_metrics', 'framing_curve']
 
-# %% ../nbs/03g_scores.ipynb #e9096d8a
+# %% ../nbs/03g_scores.ipynb #b0a009ec
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +18,7 @@ import pandas as pd
 from .boxes import LEAST_SCORE, iou
 from .core import PillSnapError, suggest
 from .identify import Answer, Classify, classify_crops, cut_pills, identify, open_photos
+from .judge import Judge
 from .preprocess import Preprocess
 
 # %% ../nbs/03g_scores.ipynb #270ec801
@@ -129,7 +130,7 @@ def detection_metrics(
     spans = {f"{name}_interval": tuple(drawn[name].quantile([0.025, 0.975]).tolist()) for name in figures}
     return figures | spans | {"det_photos": len(true), "det_pills": int(pills.sum())}
 
-# %% ../nbs/03g_scores.ipynb #1957b206
+# %% ../nbs/03g_scores.ipynb #88fc8a4c
 LOSSES = ("unreadable", "missed", "loose", "classifier")
 
 
@@ -145,14 +146,14 @@ class Truth:
             raise ValueError(f"{len(self.boxes)} boxes for {len(self.k_codes)} codes in {self.tray}")
 
 
-def answer_true_boxes(photos: Sequence[np.ndarray | bytes], truths: Sequence[Truth], classify: Classify, classes: Sequence[str], pre: Preprocess) -> list[list[str]]:  # per photo a K-code per true pill
+def answer_true_boxes(photos: Sequence[np.ndarray | bytes], truths: Sequence[Truth], classify: Classify, judge: Judge, pre: Preprocess) -> list[list[str]]:  # per photo a K-code per true pill
     "Classify the true boxes, as if the detector were perfect; a photo that cannot be read gives none."
     opened, _ = open_photos(photos)
     crops = {place: cut_pills(photo, truths[place].boxes, pre) for place, photo in opened.items()}
-    p = classify_crops(crops, classify, len(classes))
-    return [[classes[i] for i in p[place].argmax(1)] if place in p else [""] * len(truth.k_codes) for place, truth in enumerate(truths)]
+    read = classify_crops(crops, classify, judge)
+    return [[judge.names[i] for i in read[place].log_p.argmax(1)] if place in read else [""] * len(truth.k_codes) for place, truth in enumerate(truths)]
 
-# %% ../nbs/03g_scores.ipynb #7e6a8f5f
+# %% ../nbs/03g_scores.ipynb #c1ce04a3
 def blame(k_code: str, answered: str, on_true: str, classes: set[str], error: str) -> str:
     "Say at which step a pill was lost; `answered` is empty without a box."
     if k_code not in classes:
@@ -170,7 +171,7 @@ def match_pills(answer: Answer, truth: Truth, on_true: Sequence[str], classes: s
     box_of, rows = {pill: box for box, pill in enumerate(match) if pill >= 0}, []
     for pill, k_code in enumerate(truth.k_codes):
         box = box_of.get(pill, -1)
-        answered, confidence = answer.top[box][0] if box >= 0 else ("", 0.0)
+        answered, confidence = answer.pills[box].top[0] if box >= 0 else ("", 0.0)
         rows.append({"tray": truth.tray, "place": pill, "k_code": k_code, "box": box, "iou": overlap[box, pill] if box >= 0 else 0.0, "answered": answered,
                      "confidence": confidence, "on_true": on_true[pill], "step": blame(k_code, answered, on_true[pill], classes, answer.error)})
     return rows
@@ -228,7 +229,7 @@ def pipeline_metrics(
             metrics[name], metrics[f"{name}_interval"] = share(part, of, clusters, draws, seed)
     return metrics
 
-# %% ../nbs/03g_scores.ipynb #e7e0f24d
+# %% ../nbs/03g_scores.ipynb #a0230713
 MARGINS = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 1.0, 2.0)  # of the box's longer side
 
 
@@ -237,7 +238,7 @@ def framing_curve(
     boxes: Sequence[Sequence[float]],  # per photo x, y, w, h in px
     k_codes: Sequence[str],  # per photo
     classify: Classify,
-    classes: Sequence[str],
+    judge: Judge,
     pre: Preprocess,  # its margin is replaced
     margins: Sequence[float] = MARGINS,
     clusters: Sequence[Any] | None = None,  # what is drawn together for the intervals; None: the drug
@@ -246,7 +247,7 @@ def framing_curve(
     longer, rows = np.asarray(boxes, float)[:, 2:4].max(1), {}
     frames = [(f"margin {m:g}", m, boxes) for m in margins] + [("whole photo", 0.0, None)]
     for name, margin, regions in frames:
-        answers, _ = identify(photos, "single", None, classify, classes, replace(pre, margin=margin), 1, regions)
+        answers, _ = identify(photos, "single", None, classify, judge, replace(pre, margin=margin), 1, regions)
         read = [i for i, answer in enumerate(answers) if not answer.error]
         right = [answers[i].k_codes == [k_codes[i]] for i in read]
         top1, (low, high) = share(right, np.ones(len(read)), [(k_codes if clusters is None else clusters)[i] for i in read])

@@ -21,6 +21,7 @@ from pillsnap.detector import build_network, hash_weights, load_detector, read_d
 from pillsnap.evaluate import evaluate_run
 from pillsnap.identify import identify
 from pillsnap.index import build_index
+from pillsnap.judge import trusting
 from pillsnap.manifest import make_manifest
 from pillsnap.pipeline import list_trays, open_pipeline, unseen_drugs
 from pillsnap.preprocess import Preprocess
@@ -217,7 +218,7 @@ class TestIdentify:
     def classify(crops):
         "Red is the first drug, blue the second."
         red = crops[..., 0].mean((1, 2)) > crops[..., 2].mean((1, 2))
-        return np.column_stack([red, ~red]).astype(float)
+        return np.column_stack([red, ~red]) * 9.0, np.zeros((len(crops), 1))
 
     @staticmethod
     def paint(*pills):
@@ -240,7 +241,7 @@ class TestIdentify:
     def test_each_photo_keeps_its_own_pills(self):
         "Answers taken by number of detection, or shifted by a photo that dropped out, change places."
         photos = [self.paint((20, 20, True), (100, 60, False)), self.paint(), b"broken", self.paint((200, 100, False)), self.paint((20, 20, False), (100, 60, True), (200, 100, True))]
-        answers, _ = identify(photos, "combination", self.detect, self.classify, self.classes, self.pre)
+        answers, _ = identify(photos, "combination", self.detect, self.classify, trusting(self.classes), self.pre)
         one, two = self.classes
         assert [a.k_codes for a in answers] == [[one, two], [], [], [two], [two, one, one]] and [bool(a.error) for a in answers] == [False, False, True, False, False]
 
@@ -248,11 +249,11 @@ class TestIdentify:
         "A print of one pixel survives in the original and in no smaller copy."
         photo, seen = np.full((1200, 1600, 3), 128, np.uint8), []
         photo[600:664, 800:864] = np.where(np.arange(64)[None, :, None] % 2, 255, 0)
-        identify([photo], "combination", lambda photos: [np.array([[800, 600, 64, 64, 0.9]])], lambda crops: (seen.append(crops), np.tile([1.0, 0.0], (len(crops), 1)))[1], self.classes, replace(self.pre, size=64))
+        identify([photo], "combination", lambda photos: [np.array([[800, 600, 64, 64, 0.9]])], lambda crops: (seen.append(crops), (np.tile([9.0, 0.0], (len(crops), 1)), np.zeros((len(crops), 1))))[1], trusting(self.classes), replace(self.pre, size=64))
         assert seen[0].dtype == np.uint8 and (seen[0][0] == photo[600:664, 800:864]).all() and letterbox(photo, 640)[0].std() < 40
 
     def test_normalised_pixels_are_refused(self):
-        [answer], _ = identify([self.paint((20, 20, True)) / 255.0], "combination", self.detect, self.classify, self.classes, self.pre)
+        [answer], _ = identify([self.paint((20, 20, True)) / 255.0], "combination", self.detect, self.classify, trusting(self.classes), self.pre)
         assert "uint8" in answer.error and not len(answer.boxes)
 
 
@@ -265,7 +266,7 @@ def test_trays_are_evaluated_as_they_are_served(straight, start, trays_plan):
     trays = list_trays(opened.manifest, opened.roots)
     assert trays and result.metrics["pipeline_photos"] == len(trays) and {"det_map50", "det_map50_95", "det_precision", "det_recall"} <= set(result.metrics)
     for tray, answer in zip(trays, result.outcome.answers):
-        [served], _ = identify([tray.load()], "combination", pipeline.detect, pipeline.classify, pipeline.classes, pipeline.pre)
+        [served], _ = identify([tray.load()], "combination", pipeline.detect, pipeline.classify, pipeline.judge, pipeline.pre)
         assert np.allclose(served.boxes, answer.boxes, atol=0.01) and served.k_codes == answer.k_codes
 
 
