@@ -1,0 +1,112 @@
+"""Does a model know what it does not know, and can it learn new drugs from a few photos? 250 drawn drugs in families that differ by shade or imprint, 200 of them trained.
+
+    .venv/bin/python tests/benchmark_unknowns.py [--epochs 40] [--arms plain metric] [--overrides "model=… size=…"]
+
+Printed are, for each arm: the accuracy on the known drugs; each score's AUROC and false accepts on the 50 unknown drugs where 95 % of the known test pills are accepted; and, with the 50 drugs enrolled from 1, 3 and 5 photos, how many
+of their test pills are named, beside a model that was trained on all 250. Nothing is chosen on test pills: the score that ships was chosen on validation. Results are kept in work/unknowns; a run that is stopped goes on there.
+"""
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from pillsnap.core import Parameters, get_stage, list_runs, load_settings, run_state
+
+import numpy as np
+import pandas as pd
+
+from pillsnap.evaluate import open_run, with_judge
+from pillsnap.index import ensure_index
+from pillsnap.judge import enrol_drug
+from pillsnap.manifest import ensure_manifest
+from pillsnap.scores import share
+from pillsnap.train import classifier_pills, fit, prepare_run
+from pillsnap.trees import SynthSpec, ensure_synthetic
+from pillsnap.unknowns import SCORES, auroc, false_accepts, see
+
+DATA = SynthSpec(drugs=250, views=96, trays=0, width=200)
+KNOWN = 200
+FIELDS = "tray_share=0 strategy=classifier tensorboard=false backgrounds=0 hard=0 batch=64 allow_short=true"
+ARMS = {"plain": "", "metric": "metric=0.2"}
+
+
+def train_once(name, classes, overrides, settings, root):
+    "Train a run, go on with a stopped one, or take the complete one."
+    plan = Parameters(get_stage(0, f"name={name} classes={classes} images={30 * classes} {FIELDS} {overrides}"), [root], settings, {"resume": "auto", "overrides": ""})
+    done = [run for run in list_runs(settings, plan.key) if run_state(run) == "end"]
+    if done:
+        return done[-1], plan
+    index = ensure_index([root], settings)
+    fit(run := prepare_run(plan, ensure_manifest(plan, index), index))
+    return run, plan
+
+
+def read_pills(evaluated, pills):
+    "Let a model see pills; the rows are those that it saw."
+    found = evaluated.see(pills)
+    return found.logits, found.features, pills.iloc[found.rows].reset_index(drop=True)
+
+
+def interval(right, pills):
+    value, (low, high) = share(right, np.ones(len(right)), pills.k_code)
+    return f"{value:.3f} ({low:.3f} to {high:.3f})"
+
+
+def measure_unknown(evaluated, test, strange):
+    "Compare the scores on the same pills."
+    judge = evaluated.judge
+    seen = [see(judge.scaling(logits) if name == "softmax" else logits, features, judge.gallery) for name in ("raw",) for logits, features, _ in (test, strange)]
+    rows = []
+    for name, of in SCORES.items():
+        known, unknown = (of(part, judge.residual) for part in seen)
+        by_drug = [auroc(known, unknown[strange[2].k_code == drug]) for drug in strange[2].k_code.unique()]
+        rows.append({"score": name + (" (ships)" if name == judge.method else ""), "AUROC": round(auroc(known, unknown), 3), "AUROC of the worst drug": round(min(by_drug), 3), "false accepts at 95 %": round(false_accepts(known, unknown), 3)})
+    return pd.DataFrame(rows).set_index("score")
+
+
+def measure_enrolment(evaluated, test, whole, settings_of_new):
+    "Enrol the new drugs from some of their training photos, and name their test pills."
+    pool, new_test = settings_of_new
+    logits, features, pills = test
+    before = [v.top[0][0] for v in evaluated.judge(logits, features)] == pills.k_code
+    rows = {"trained on all 250": {"new drugs": interval(whole[0], whole[2]), "known drugs": interval(whole[1], whole[3]), "lost": ""}}
+    for photos in (1, 3, 5):
+        judge = evaluated.judge
+        for drug, own in pool[2].groupby("k_code"):
+            some = own.index[np.linspace(0, len(own) - 1, photos).astype(int)]
+            judge = enrol_drug(judge, drug, pool[1][some], [f"{drug} {i}" for i in some])
+        named = [v.top[0][0] for v in judge(new_test[0], new_test[1])] == new_test[2].k_code
+        after = [v.top[0][0] for v in judge(logits, features)] == pills.k_code
+        rows[f"enrolled from {photos}"] = {"new drugs": interval(named, new_test[2]), "known drugs": interval(after, pills), "lost": f"{100 * (before.mean() - after.mean()):.2f} points"}
+    return pd.DataFrame(rows).T
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--overrides", default="", help="fields of the stage, for all runs")
+    parser.add_argument("--suffix", default="", help="of the runs' names, for other overrides")
+    given = parser.parse_args()
+    settings = load_settings()
+    root = ensure_synthetic(settings, DATA)
+    settings = replace(settings, work=settings.work / "unknowns", manifests=settings.work / "unknowns/manifests")
+    for arm in given.arms:
+        fields = f"epochs={given.epochs} {ARMS[arm]} {given.overrides}"
+        (known_run, plan), (whole_run, whole_plan) = (train_once(f"{arm}{classes}{given.suffix}", classes, fields, settings, root) for classes in (KNOWN, DATA.drugs))
+        evaluated, whole = with_judge(open_run(known_run, plan)), with_judge(open_run(whole_run, whole_plan))
+        pills = {split: classifier_pills(whole.manifest, split) for split in ("train", "test")}
+        new = ~pills["test"].k_code.isin(evaluated.manifest.classes)
+        test, strange = read_pills(evaluated, classifier_pills(evaluated.manifest, "test")), read_pills(evaluated, pills["test"][new].reset_index(drop=True))
+        pool = read_pills(evaluated, pills["train"][~pills["train"].k_code.isin(evaluated.manifest.classes)].reset_index(drop=True))
+        answered = whole.predict(pills["test"]).pills
+        on_new = ~answered.k_code.isin(evaluated.manifest.classes)
+        named = [v.top[0][0] for v in evaluated.judge(test[0], test[1])] == test[2].k_code
+        print(f"\n### {arm}: {known_run.name}, {len(evaluated.manifest.classes)} known drugs, {strange[2].k_code.nunique()} unknown; known top-1 {interval(named, test[2])}\n")
+        print(measure_unknown(evaluated, test, strange).to_markdown() if hasattr(pd.DataFrame, "to_markdown") else "", flush=True)
+        print("\nchosen on validation:", evaluated.chosen, "\n")
+        whole_right = answered.right.to_numpy()
+        print(measure_enrolment(evaluated, test, (whole_right[on_new], whole_right[~on_new], answered[on_new], answered[~on_new]), (pool, strange)).to_markdown(), flush=True)
+
+
+if __name__ == "__main__":
+    main()
