@@ -124,7 +124,7 @@ class ClassifierFields(SampleFields):
     label_smoothing: float = number(0.05, "", 0, 0.5, "mass spread over the other classes")
     augment: float = number(1.0, "", 0, 2, "strength of the augmentation, of the detector's too; 0 switches it off")
 
-# %% ../nbs/00_core.ipynb #838efb6f
+# %% ../nbs/00_core.ipynb #d62a495a
 @dataclass(**FROZEN)
 class MethodFields(ClassifierFields):
     "Methods of the classifier's training, each off unless a row says otherwise."
@@ -136,6 +136,7 @@ class MethodFields(ClassifierFields):
     mixup: float = number(0, "alpha", 0, 10, "blend pictures and labels; 0: off")
     cutmix: float = number(0, "alpha", 0, 10, "lay pieces of other pictures in; 0: off")
     erase: float = number(0, "fraction", 0, 1, "share of the pictures of which a piece is erased")
+    metric: float = number(0, "weight", 0, 100, "of a loss that draws the features of one drug together and of different ones apart, beside the softmax; 0: off")
     balance: Literal["none", "loss", "sampler"] = choice("none", "drugs with few photos: weigh their loss, or draw them more often")
     freeze_bn: int = number(0, "pills", 0, 4096, "batch-norm statistics stay as they are where fewer pills go through the network at once")
     compile: bool = choice(False, "torch.compile; where that fails the training goes on without, and says so")

@@ -9,7 +9,7 @@ __all__ = ['PRECISIONS', 'REACHED', 'TRIES', 'HEADROOM', 'pick_precision', 'make
            'put_ambient', 'Apart', 'estimate_memory', 'free_memory', 'check_memory', 'find_largest', 'largest_batch',
            'BatchPlan', 'plan_batch']
 
-# %% ../nbs/03e_engine.ipynb #d87c9664
+# %% ../nbs/03e_engine.ipynb #e38797b8
 import contextlib
 import gc
 import math
@@ -30,7 +30,7 @@ from torch import nn
 from .checkpoints import read_checkpoint, write_checkpoint
 from .classifier import build_classifier, to_input
 from .core import PillSnapError, Stage
-from .methods import Mixer, freeze_statistics, make_average, make_optimizer, make_schedule, seed_step, update_average
+from .methods import Mixer, freeze_statistics, make_average, make_metric, make_optimizer, make_schedule, seed_step, update_average
 from .preprocess import Preprocess
 from .ranks import Ranks, spread
 
@@ -54,7 +54,7 @@ def make_scaler(device: str, precision: torch.dtype | None) -> torch.amp.GradSca
     "Make the scaler of the loss, which only fp16 needs."
     return torch.amp.GradScaler(device.split(":")[0], enabled=precision == torch.float16)
 
-# %% ../nbs/03e_engine.ipynb #6c08d884
+# %% ../nbs/03e_engine.ipynb #8ffb9925
 @dataclass
 class Training:
     "Model, optimiser, schedule, scaler, average and what has been reached; `state` and `load_state` are its checkpoint."
@@ -84,6 +84,8 @@ class Training:
     compiled: Callable | None = None  # what runs in place of the model
     notes: list[str] = field(default_factory=list)  # what could not be done as the stage says
     statistics: "Statistics | None" = None  # of batch norm, before the present step
+    metric: nn.Module | None = None  # loss of the features
+    caught: list[torch.Tensor] = field(default_factory=list)  # what the last layer saw, where the metric loss wants it
 
     @property
     def answering(self) -> nn.Module:
@@ -92,7 +94,7 @@ class Training:
 
     def members(self) -> dict[str, Any]:
         "Name what has a state of its own."
-        return {name: part for name in ("model", "optimizer", "schedule", "scaler", "average") if (part := getattr(self, name)) is not None}
+        return {name: part for name in ("model", "optimizer", "schedule", "scaler", "average", "metric") if (part := getattr(self, name)) is not None}
 
     def state(self) -> dict[str, Any]:
         "Give everything a resumed run needs, as tensors and plain values."
@@ -135,7 +137,7 @@ class Training:
 # %% ../nbs/03e_engine.ipynb #d71654f9
 REACHED = ("epoch", "step", "pills", "within", "total", "counted", "seconds", "epoch_began", "spent", "parts", "halved", "best")
 
-# %% ../nbs/03e_engine.ipynb #c72368d1
+# %% ../nbs/03e_engine.ipynb #82bd2d14
 def start_training(
     model: nn.Module,
     stage: Stage,
@@ -149,9 +151,15 @@ def start_training(
         torch.set_float32_matmul_precision("high")  # TF32
         model = model.to(memory_format=torch.channels_last)
     model, several = spread(model.to(device), ranks)
-    optimizer, precision = make_optimizer(model, stage), pick_precision(stage.precision, device)
-    return Training(stage, model, optimizer, make_schedule(optimizer, stage, pills), make_scaler(device, precision), make_average(model, stage), Mixer(stage, classes, device), precision, device,
-                    parts=max(1, stage.accumulate), ranks=ranks, spread=several, compiled=torch.compile(several or model) if stage.compile else None)
+    optimizer, precision, caught = make_optimizer(model, stage), pick_precision(stage.precision, device), []
+    average, metric = make_average(model, stage), make_metric(stage, classes, model.get_classifier().in_features) if stage.metric else None
+    if metric:
+        if several:
+            raise PillSnapError(f"metric={stage.metric} takes one process: its directions are not shared between ranks; leave it 0 with several GPUs")
+        optimizer.add_param_group({"params": list(metric.to(device).parameters()), "weight_decay": 0.0})
+        model.get_classifier().register_forward_pre_hook(lambda layer, given: caught.__setitem__(slice(None), given))
+    return Training(stage, model, optimizer, make_schedule(optimizer, stage, pills), make_scaler(device, precision), average, Mixer(stage, classes, device), precision, device,
+                    parts=max(1, stage.accumulate), ranks=ranks, spread=several, compiled=torch.compile(several or model) if stage.compile else None, metric=metric, caught=caught)
 
 # %% ../nbs/03e_engine.ipynb #45adc2f0
 def take_step(
@@ -199,20 +207,25 @@ def backward(training: Training, xb: torch.Tensor, target: torch.Tensor, loss_fn
         total += loss.item()
     return total
 
-# %% ../nbs/03e_engine.ipynb #2ec7308f
+# %% ../nbs/03e_engine.ipynb #cb0417ba
 def forward(training: Training, xb: torch.Tensor, target: torch.Tensor, loss_fn: nn.Module) -> torch.Tensor:  # ()
     "Compute a loss; where the compiled model fails, go on with the model itself."
     autocast = torch.autocast(training.device.split(":")[0], training.precision) if training.precision else contextlib.nullcontext()
     plain = training.spread or training.model
+
+    def loss(network: Callable) -> torch.Tensor:
+        value = loss_fn(network(xb), target)
+        return value + training.stage.metric * training.metric(training.caught.pop(), target) if training.metric else value
+
     with autocast:
         try:
-            return loss_fn((training.compiled or plain)(xb), target)
+            return loss(training.compiled or plain)
         except Exception as e:
             if training.compiled is None or is_memory_error(e):
                 raise
             training.compiled = None
             training.notes.append(f"torch.compile failed, the training goes on without: {type(e).__name__}: {str(e)[:200]}")
-            return loss_fn(plain(xb), target)
+            return loss(plain)
 
 # %% ../nbs/03e_engine.ipynb #84bdc310
 TRIES = 4

@@ -80,6 +80,10 @@ def measure_enrolment(evaluated, test, whole, settings_of_new):
     return pd.DataFrame(rows).T
 
 
+def markdown(table):
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [("", *table.columns), ["---"] * (1 + len(table.columns)), *table.itertuples()])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=40)
@@ -102,10 +106,10 @@ def main():
         on_new = ~answered.k_code.isin(evaluated.manifest.classes)
         named = [v.top[0][0] for v in evaluated.judge(test[0], test[1])] == test[2].k_code
         print(f"\n### {arm}: {known_run.name}, {len(evaluated.manifest.classes)} known drugs, {strange[2].k_code.nunique()} unknown; known top-1 {interval(named, test[2])}\n")
-        print(measure_unknown(evaluated, test, strange).to_markdown() if hasattr(pd.DataFrame, "to_markdown") else "", flush=True)
+        print(markdown(measure_unknown(evaluated, test, strange)), flush=True)
         print("\nchosen on validation:", evaluated.chosen, "\n")
         whole_right = answered.right.to_numpy()
-        print(measure_enrolment(evaluated, test, (whole_right[on_new], whole_right[~on_new], answered[on_new], answered[~on_new]), (pool, strange)).to_markdown(), flush=True)
+        print(markdown(measure_enrolment(evaluated, test, (whole_right[on_new], whole_right[~on_new], answered[on_new], answered[~on_new]), (pool, strange))), flush=True)
 
 
 if __name__ == "__main__":

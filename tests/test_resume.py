@@ -23,7 +23,7 @@ from pillsnap.train import fit, prepare_run
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["pillsnap.train"])
-FIELDS = {"epochs": 30, "ema": 200, "mixup": 0.2, "accumulate": 2, "clip": 1.0, "erase": 0.2, "keep_top": 2, "checkpoint_minutes": 0.001, "tensorboard": False}
+FIELDS = {"epochs": 30, "ema": 200, "metric": 0.2, "accumulate": 2, "clip": 1.0, "erase": 0.2, "keep_top": 2, "checkpoint_minutes": 0.001, "tensorboard": False}
 
 
 def copy_run(run, folder, **fields):
