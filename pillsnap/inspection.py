@@ -36,7 +36,7 @@ from .core import PillSnapError, atomic_path, show_work
 from .drugs import build_registry
 from .files import Source
 
-# %% ../nbs/00cb_inspection.ipynb #dd9c9e12
+# %% ../nbs/00cb_inspection.ipynb #0824a217
 @dataclass(frozen=True)
 class Store:
     "Results of reading, in one folder."
@@ -54,7 +54,7 @@ class Store:
                 raise PillSnapError(f"{path} cannot be read: {e}; remove it, what it held is read again") from None
         if not parts:
             return pd.DataFrame(columns=["key", *columns]).astype({"key": "uint64"}).set_index("key")
-        return pa.concat_tables(parts).unify_dictionaries().to_pandas().drop_duplicates("key").set_index("key")
+        return pa.concat_tables(parts, promote_options="permissive").unify_dictionaries().to_pandas().drop_duplicates("key").set_index("key")
 
     def add(self, rows: pd.DataFrame) -> Path | None:  # its file
         "Keep a batch."

@@ -1,0 +1,96 @@
+"What a run says about its own answers: unknown drugs of the data's own, the judge that is stored, and new drugs that are enrolled."
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from conftest import PROJECT
+from pillsnap.aihub import pill_source
+from pillsnap.core import PillSnapError, read_metrics
+from pillsnap.evaluate import evaluate_run, open_run
+from pillsnap.identify import identify
+from pillsnap.index import ensure_index
+from pillsnap.judge import enrol_drug, load_judge
+from pillsnap.manifest import ensure_manifest
+from pillsnap.train import classifier_pills, fit, prepare_run
+from pillsnap.trees import SynthSpec, synthesise
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    "A run of four drugs, in a tree with three more, two of them official Validation's."
+    from pillsnap.core import Parameters, get_stage, load_settings
+
+    folder = tmp_path_factory.mktemp("trust")
+    synthesise(folder / "tree", SynthSpec(drugs=7, views=96, trays=0, width=128, val_drugs=2))
+    settings = load_settings({"PILLSNAP_WORK": str(folder / "work"), "PILLSNAP_MANIFESTS": str(folder / "manifests"), "PILLSNAP_DEVICE": "cpu"})
+    stage = get_stage(0, "name=trust images=120 classes=4 tray_share=0 epochs=8 size=64 batch=16 workers=0 strategy=classifier backgrounds=0 metric=0.2 tensorboard=false")
+    plan = Parameters(stage, [folder / "tree"], settings, {"run": "", "resume": "none"})
+    index = ensure_index(plan.roots, settings)
+    fit(run := prepare_run(plan, ensure_manifest(plan, index), index))
+    return run, plan, evaluate_run(run, plan)
+
+
+def test_drugs_outside_the_class_list_are_measured_as_unknown(evaluated):
+    run, _, result = evaluated
+    unknown = pd.read_csv(run / "unknown.csv")
+    trained = set(result.evaluated.manifest.classes)
+    assert unknown.k_code.nunique() == 3 and not trained & set(unknown.k_code) and (unknown.groupby("k_code").size() == 5).all() and (unknown.label == -1).all()
+    assert result.metrics["unknown_on"] == "drugs outside the class list" and result.metrics["unknown_pills"] == 15
+    assert result.trust.unknown.loc["drugs outside the class list", "drugs"] == 3 and 0 <= result.metrics["unknown_far95"] <= 1
+    assert {"test_ece", "test_ece_raw", "set_holds", "coverage_at_5", "test_map", "test_gap", "damage_wrong_accepted"} <= set(read_metrics(run))
+
+
+def test_what_is_fitted_does_not_see_the_test_pills(evaluated):
+    "The gallery holds training pills only; thresholds are those of validation pills."
+    run, plan, result = evaluated
+    judge, opened = load_judge(run / "judge.npz"), open_run(run, plan)
+    train = classifier_pills(result.evaluated.manifest, "train")
+    assert {name.split(":")[1] for name in judge.gallery.pictures} <= set(train.image)
+    seen = opened.see(classifier_pills(result.evaluated.manifest, "val"))
+    assert 0.94 <= np.mean(judge.read(seen.logits, seen.features).score >= judge.threshold - 1e-3) <= 1
+
+
+def test_the_stored_judge_answers_as_the_evaluation_did(evaluated):
+    run, plan, result = evaluated
+    opened, judge = open_run(run, plan), load_judge(run / "judge.npz", result.evaluated.manifest.classes)
+    pills = classifier_pills(result.evaluated.manifest, "test")
+    photos = [pill_source(pill, plan.roots).read() for pill in pills.itertuples()]
+    answers, _ = identify(photos, "single", None, opened.classify, judge, opened.pre, regions=pills[list("xywh")].to_numpy(float).tolist())
+    assert [answer.k_codes[0] for answer in answers] == [judge.names[i] for i in result.test.pills.pred]
+    agree = np.mean([answer.pills[0].known == known for answer, known in zip(answers, result.test.pills.known)])
+    assert agree >= 0.95  # the gallery is stored in half precision
+
+
+def test_a_drug_is_enrolled_in_under_a_second_and_found(evaluated):
+    run, plan, result = evaluated
+    unknown = pd.read_csv(run / "unknown.csv")
+    own = unknown[unknown.k_code == unknown.k_code.iloc[0]]
+    opened, judge = open_run(run, plan), load_judge(run / "judge.npz")
+    crops = np.stack([opened.pre.cut(np.asarray(read), (pill.x, pill.y, pill.w, pill.h)) for pill in own.itertuples() for read in [photo_of(pill, plan.roots)]])
+    start = time.perf_counter()
+    wider = enrol_drug(judge, own.k_code.iloc[0], opened.classify(crops[:3])[1], own.image.tolist()[:3])
+    assert time.perf_counter() - start < 1
+    verdicts = wider(*opened.classify(crops[:3]))
+    assert all(v.evidence[0][0] == own.k_code.iloc[0] and v.evidence[0][2] > 0.99 for v in verdicts)  # the enrolled photos themselves
+    assert wider.names[-1] == own.k_code.iloc[0] and len(wider.read(*opened.classify(crops)).log_p[0]) == 5
+
+
+def photo_of(pill, roots):
+    from pillsnap.aihub import read_photo
+
+    return read_photo(pill_source(pill, roots))
+
+
+def test_a_judge_of_other_drugs_is_refused(evaluated):
+    run, _, result = evaluated
+    with pytest.raises(PillSnapError, match="evaluate the run again"):
+        load_judge(run / "judge.npz", [*result.evaluated.manifest.classes, "K-999999"])
+
+
+def test_answering_needs_no_torch():
+    code = "import sys, pillsnap.identify; heavy = {'torch', 'timm', 'ultralytics', 'scipy', 'sklearn', 'matplotlib'} & set(sys.modules); assert not heavy, heavy"
+    subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=True)
