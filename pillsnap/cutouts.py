@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['Box', 'ROOM', 'SEARCH', 'EXTENTS', 'REASONS', 'STEEP', 'LONGEST', 'TYPICAL_MM', 'BANK_FORMAT', 'GROUND_SIDE',
-           'GROUNDS', 'NOTHING', 'cut_room', 'fill_box', 'model_ground', 'mark_ground', 'holds_box', 'find_mask',
-           'Limits', 'fill_outline', 'bounds', 'turned_sides', 'share_hull', 'judge_mask', 'Cutout', 'soften',
-           'clean_edge', 'find_judged', 'cut_out', 'choose_singles', 'shrink', 'find_lean', 'spread_grain',
+           'GROUNDS', 'NOTHING', 'LOOKS', 'cut_room', 'fill_box', 'model_ground', 'mark_ground', 'holds_box',
+           'find_mask', 'Limits', 'fill_outline', 'bounds', 'turned_sides', 'share_hull', 'judge_mask', 'Cutout',
+           'soften', 'clean_edge', 'find_judged', 'cut_out', 'choose_singles', 'shrink', 'find_lean', 'spread_grain',
            'erase_pill', 'Bank', 'load_bank', 'cut_row', 'square_ground', 'measure_bank', 'build_bank', 'ensure_bank',
-           'look_up_drugs', 'share_cutouts', 'bank_of_manifest', 'bank_of_stage', 'leave_out', 'count_rejections',
-           'show_cutouts']
+           'look_up_drugs', 'read_looks', 'share_cutouts', 'bank_of_manifest', 'bank_of_stage', 'leave_out',
+           'count_rejections', 'show_cutouts']
 
 # %% ../nbs/03aa_cutouts.ipynb #e67a1ca8
 import math
@@ -390,14 +390,22 @@ def ensure_bank(
             write_json(part / "bank.json", {"key": key, "cutouts": len(chosen)})
     return load_bank(folder / key)
 
-# %% ../nbs/03aa_cutouts.ipynb #87da4c30
-def look_up_drugs(index: Index, pills: pd.DataFrame, per_drug: int = 5) -> pd.DataFrame:  # index K-code; long_mm, shape
-    "Ask a few labels of each drug for its size and shape; drugs of other layouts than AIHub's have none."
+# %% ../nbs/03aa_cutouts.ipynb #e2ba3d29
+LOOKS = ("long_mm", "shape", "colour1", "colour2", "print_front", "print_back", "line_front", "line_back")  # columns of the registry
+
+
+def look_up_drugs(index: Index, pills: pd.DataFrame, per_drug: int = 5) -> pd.DataFrame:  # index K-code; LOOKS
+    "Ask a few labels of each drug for its size and look; drugs of other layouts than AIHub's have none."
     singles = pills[(pills.kind == "single") & (pills.split == "train")].groupby("k_code").head(per_drug)
     rows = np.flatnonzero(index.tables.images.photo.isin(singles.photo))
     if not len(rows):
-        return pd.DataFrame({"long_mm": [], "shape": []}, index=pd.Index([], name="k_code"))
-    return inspect(index.tables, index.roots, rows, photos=rows[:0], store=index.store).drugs[["long_mm", "shape"]]
+        return pd.DataFrame({name: [] for name in LOOKS}, index=pd.Index([], name="k_code"))
+    return inspect(index.tables, index.roots, rows, photos=rows[:0], store=index.store).drugs[list(LOOKS)]
+
+
+def read_looks(path: Path) -> pd.DataFrame:  # index K-code; LOOKS, text but for the size
+    "Read a run's `drugs.csv`; an imprint of digits stays text."
+    return pd.read_csv(path, index_col="k_code", dtype=dict.fromkeys(LOOKS[1:], "str"), keep_default_na=False, na_values=[""])
 
 
 def share_cutouts(drugs: int) -> int:  # per drug

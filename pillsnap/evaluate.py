@@ -12,7 +12,7 @@ __all__ = ['MAY_CHANGE', 'POOL', 'RUNGS', 'MOST_DAMAGED', 'interval', 'Predictio
            'evaluate_framing', 'evaluate_run', 'tidy', 'gate_table', 'metric_table', 'show_worst_trays', 'show_framing',
            'step_table', 'trust_table', 'show_coverage', 'show_strangers', 'show_nearest']
 
-# %% ../nbs/05_evaluate.ipynb #93110a32
+# %% ../nbs/05_evaluate.ipynb #71ea31b6
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,6 +30,7 @@ from .backgrounds import Relay, ensure_masks, held_grounds
 from .calibration import calibration_bins, coverage_at, coverage_curve, expected_calibration_error
 from .classifier import Predicted, load_classifier, predict, predict_crops, score, softmax
 from .core import AT_MOST, Parameters, PillSnapError, Stage, append_event, open_roots, parse_overrides, pick_device, read_events, read_json, read_metrics, write_metrics
+from .cutouts import read_looks
 from .data import Photos, PillDataset, stage_batches
 from .judge import Judge, Outputs, Reading, fit_judge, save_judge, trusting
 from .manifest import Manifest, load_manifest
@@ -321,7 +322,7 @@ def check_gates(stage: Stage, metrics: dict[str, Any]) -> list[dict[str, Any]]: 
     rows = [(name, metrics.get(name), target, -1 if name in AT_MOST else 1) for name, target in [*stage.gates.items(), ("train_hours", stage.hours)]]
     return [{"name": name, "value": value, "target": target, "passed": None if value is None else bool(sign * value >= sign * target)} for name, value, target, sign in rows]
 
-# %% ../nbs/05_evaluate.ipynb #2cc2d1e6
+# %% ../nbs/05_evaluate.ipynb #8285635b
 def background_metrics(evaluated: Evaluated, p: Predictions) -> dict[str, float]:
     "Ask the model with every pill covered; near chance is right, above it the background gives drugs away."
     covered = evaluated.predict(p.pills[classifier_pills(evaluated.manifest, "test").columns], CoveredPills)
@@ -334,7 +335,7 @@ def new_ground_metrics(evaluated: Evaluated, work: Path) -> dict[str, Any]:  # e
     pills = classifier_pills(evaluated.manifest, "test", ("single",))
     if pills.empty:
         return {}
-    drugs = pd.read_csv(evaluated.run / "drugs.csv", index_col="k_code")
+    drugs = read_looks(evaluated.run / "drugs.csv")
     masks = ensure_masks(pills, Photos(pills, evaluated.roots), drugs, work / "masks")
     if not masks.good.any():
         return {}

@@ -7,7 +7,7 @@ __all__ = ['FRESH', 'Pipeline', 'open_pipeline', 'Tray', 'list_trays', 'unseen_d
            'Outcome', 'run_detector', 'groups', 'run_pipeline', 'measure_pipeline', 'time_steps', 'measure_framing',
            'plot_framing', 'describe_tray', 'show_worst']
 
-# %% ../nbs/04a_pipeline.ipynb #ce57756f
+# %% ../nbs/04a_pipeline.ipynb #bee3ae58
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,10 +23,11 @@ from .aihub import pill_source
 from .boxes import Detect
 from .classifier import load_classifier, predict_crops
 from .core import PillSnapError
+from .cutouts import read_looks
 from .detector import load_detector
 from .files import Source
-from .identify import Answer, Classify, identify, open_photo, open_photos, step_times
-from .judge import Judge, load_judge, trusting
+from .identify import Answer, Classify, choose_regions, cut_pills, identify, open_photo, open_photos, step_times
+from .judge import Judge, enrol_drug, load_judge, trusting
 from .manifest import Manifest
 from .preprocess import Preprocess
 from .scores import MARGINS, Truth, answer_true_boxes, detection_metrics, framing_curve, pill_table, pipeline_metrics, share, tray_table
@@ -34,7 +35,7 @@ from .trays import detector_pills
 from .trees import SMOKE, command_line, fresh_trays
 from .viz import image_grid, plot_lines
 
-# %% ../nbs/04a_pipeline.ipynb #d63b8057
+# %% ../nbs/04a_pipeline.ipynb #0ca00500
 @dataclass(frozen=True, eq=False)
 class Pipeline:
     "What `identify` needs: find pills, name pills, and know what that is worth."
@@ -43,6 +44,22 @@ class Pipeline:
     judge: Judge
     pre: Preprocess
     detect_all: Detect | None = None  # gives boxes of low score too, which mAP needs and `identify` drops
+    registry: pd.DataFrame | None = None  # index K-code, looks; hints need it
+
+    def __call__(self, photos: Sequence[np.ndarray | bytes], mode: str = "single", **more: Any) -> list[Answer]:  # more: top, regions, extras of `identify`
+        "Identify photos."
+        return identify(photos, mode, self.detect, self.classify, self.judge, self.pre, registry=self.registry, **more)[0]
+
+    def enrol(self, k_code: str, photos: Sequence[np.ndarray | bytes], regions: Sequence[Sequence[float] | None] | None = None, pictures: Sequence[str] | None = None) -> "Pipeline":
+        "Add a drug from one to five photos of one pill each, framed as in mode single; raises PillSnapError for a photo that cannot be read."
+        opened, wrong = open_photos(photos)
+        asked = {i: region for i, region in enumerate(regions or ()) if region is not None}
+        boxes, refused = choose_regions(opened, asked)
+        if wrong | refused or not photos:
+            place, said = min((wrong | refused or {0: "there is none"}).items())
+            raise PillSnapError(f"photo {place + 1} of {k_code}: {said}")
+        crops = np.stack([cut_pills(opened[i], boxes[i], self.pre if i in asked else replace(self.pre, margin=0.0))[0] for i in range(len(photos))])
+        return replace(self, judge=enrol_drug(self.judge, k_code, self.classify(crops)[1], list(pictures or [f"{k_code}, photo {i + 1}" for i in range(len(photos))])))
 
 
 def open_pipeline(
@@ -56,7 +73,7 @@ def open_pipeline(
     model, meta = load_classifier(run / "best.safetensors", list(classes), device)
     detector = load_detector(run / "detector/best.safetensors", device)
     judge = load_judge(run / "judge.npz", classes) if (run / "judge.npz").exists() else trusting(classes)
-    return Pipeline(detector.detect, lambda crops: predict_crops(model, crops, meta["pre"], device), judge, meta["pre"], replace(detector, threshold=0.001).detect)
+    return Pipeline(detector.detect, lambda crops: predict_crops(model, crops, meta["pre"], device), judge, meta["pre"], replace(detector, threshold=0.001).detect, read_looks(run / "drugs.csv"))
 
 # %% ../nbs/04a_pipeline.ipynb #3874fc35
 @dataclass(frozen=True, eq=False)

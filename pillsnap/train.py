@@ -13,7 +13,7 @@ __all__ = ['STRANGERS', 'PATCHES', 'prepare_run', 'write_inputs', 'list_empty', 
            'train_stage', 'training_lock', 'train_now', 'live_line', 'ensure_run', 'show_batch', 'show_detector_photos',
            'read_boxes']
 
-# %% ../nbs/04_train.ipynb #b1916cdf
+# %% ../nbs/04_train.ipynb #d86b4ee1
 import contextlib
 import math
 import os
@@ -43,7 +43,7 @@ from .classifier import build_classifier, model_preprocess, predict, save_classi
 from .compose import ComposeSettings, make_composer, write_trays
 from .core import (STAGES, Parameters, PillSnapError, Settings, Stage, append_event, describe_run, epoch_line, find_run, list_runs, load_settings, lock, new_run, pick_device,
                            read_events, read_json, read_metrics, run_state, stale_modules, tail_events, write_json, write_metrics)
-from .cutouts import Bank, bank_of_manifest, leave_out, look_up_drugs
+from .cutouts import Bank, bank_of_manifest, leave_out, look_up_drugs, read_looks
 from .data import Cache, CacheCut, Photos, PillDataset, batches, choose_kind, ensure_cache, epoch_order, plan_cut, stage_batches
 from .detector import build_network, train_detector
 from .diary import Write, find_hard, open_logs, write_hard
@@ -169,7 +169,7 @@ def classifier_pills(
     pills = manifest.pills
     return pills[(pills.split == split) & pills.kind.isin(kinds) & (pills.label >= 0)].reset_index(drop=True)
 
-# %% ../nbs/04_train.ipynb #ab913cf3
+# %% ../nbs/04_train.ipynb #63db27e3
 @dataclass(frozen=True)
 class RunFolder:
     "A run folder, opened for training."
@@ -181,8 +181,8 @@ class RunFolder:
     ranks: Ranks = Ranks()
 
     @property
-    def drugs(self) -> pd.DataFrame:  # index K-code; long_mm, shape
-        return pd.read_csv(self.run / "drugs.csv", index_col="k_code")
+    def drugs(self) -> pd.DataFrame:  # index K-code; LOOKS
+        return read_looks(self.run / "drugs.csv")
 
     def bank(self) -> Bank:
         "Return the cut-outs of the training singles."

@@ -15,12 +15,15 @@ import numpy as np
 import pandas as pd
 
 from pillsnap.evaluate import open_run, with_judge
+from pillsnap.aihub import read_photo
 from pillsnap.index import ensure_index
-from pillsnap.judge import enrol_drug
+from pillsnap.inspection import inspect
+from pillsnap.judge import Hint, enrol_drug, weigh
 from pillsnap.manifest import ensure_manifest
 from pillsnap.scores import share
 from pillsnap.train import classifier_pills, fit, prepare_run
 from pillsnap.trees import SynthSpec, ensure_synthetic
+from pillsnap.trust import pair_sides, side_metrics
 from pillsnap.unknowns import SCORES, auroc, false_accepts, see
 
 DATA = SynthSpec(drugs=250, views=96, trays=0, width=200)
@@ -80,6 +83,45 @@ def measure_enrolment(evaluated, test, whole, settings_of_new):
     return pd.DataFrame(rows).T
 
 
+def measure_sides(evaluated, test):
+    "Compare one photo of a pill with photos of both sides."
+    logits, features, pills = test
+    reading, labels = evaluated.judge.read(logits, features), pills.label.to_numpy()
+    found = side_metrics(reading, labels, *pair_sides(pills), pills.k_code)
+    return f"{found['side_pairs']} pills from both sides: one photo {found['one_side_top1']:.3f}, two {found['two_sides_top1']:.3f}; {(1 - found['two_sides_top1']) / max(1e-9, 1 - found['one_side_top1']):.2f} of the error" if found else "no pill was photographed from both sides"
+
+
+def say(drug, wrong=""):
+    "What a caller could say of a drug; `wrong`: a field of which something else is said."
+    said = {"shape": drug["shape"], "colour": str(drug["colour1"])}
+    return Hint(**said | ({wrong: {"shape": "육각형", "colour": "연두"}[wrong]} if wrong else {}))
+
+
+def measure_hints(evaluated, test, strange, registry):
+    "Name pills with shape and colour as the caller's hints, right and with one of them wrong."
+    judge, rows = evaluated.judge, {}
+    for name, make in {"no hint": lambda drug: Hint(), "shape and colour": say, "and the imprint of one side": lambda drug: replace(say(drug), imprint=str(drug["print_front"])), "the colour is wrong": lambda drug: say(drug, "colour"),
+                       "the shape is wrong": lambda drug: say(drug, "shape")}.items():
+        right, taken = [], []
+        for (logits, features, pills), answers in ((test, right), (strange, taken)):
+            reading = judge.read(logits, features)
+            for i, k_code in enumerate(pills.k_code):
+                one = replace(reading, **{field: getattr(reading, field)[i : i + 1] for field in ("log_p", "score", "own", "similar", "near")})
+                [verdict] = judge.decide(weigh(one, make(registry.loc[k_code]), registry))
+                answers.append(verdict.top[0][0] == k_code if answers is right else verdict.known)
+        rows[name] = {"known drugs named": interval(np.array(right), test[2]), "unknown drugs accepted": interval(np.array(taken), strange[2])}
+    return pd.DataFrame(rows).T
+
+
+def measure_photos(evaluated, folder, test):
+    "Show pills of real phone photos, none of which is a drawn drug."
+    index = ensure_index([folder], load_settings())
+    found = inspect(index.tables, index.roots, np.arange(len(index.tables.images)), store=index.store).pills
+    crops = [evaluated.pre.cut(read_photo(folder / image), box) for image, rows in found.groupby("image") for box in rows[list("xywh")].to_numpy(float)]
+    real, known = evaluated.judge.read(*evaluated.classify(np.stack(crops))), evaluated.judge.read(*test[:2])
+    return f"{len(crops)} pills of real phone photos: AUROC {auroc(known.score, real.score):.3f}, {(real.score >= evaluated.judge.threshold).mean():.3f} accepted"
+
+
 def markdown(table):
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [("", *table.columns), ["---"] * (1 + len(table.columns)), *table.itertuples()])
 
@@ -90,6 +132,7 @@ def main():
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--overrides", default="", help="fields of the stage, for all runs")
     parser.add_argument("--suffix", default="", help="of the runs' names, for other overrides")
+    parser.add_argument("--photos", type=Path, help="folder with labelled photos of other pills, as unknown ones")
     given = parser.parse_args()
     settings = load_settings()
     root = ensure_synthetic(settings, DATA)
@@ -109,6 +152,12 @@ def main():
         print(markdown(measure_unknown(evaluated, test, strange)), flush=True)
         print("\nchosen on validation:", evaluated.chosen, "\n")
         whole_right = answered.right.to_numpy()
+        print(measure_sides(evaluated, test), "\n")
+        index = ensure_index([root], settings)
+        registry = inspect(index.tables, index.roots, np.flatnonzero(index.tables.images.codes.astype(object).isin(whole.manifest.classes))[:: 24], store=index.store).drugs
+        if given.photos:
+            print(measure_photos(evaluated, given.photos, test), "\n")
+        print(markdown(measure_hints(evaluated, test, strange, registry)), "\n", flush=True)
         print(markdown(measure_enrolment(evaluated, test, (whole_right[on_new], whole_right[~on_new], answered[on_new], answered[~on_new]), (pool, strange))), flush=True)
 
 
