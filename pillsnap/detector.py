@@ -10,7 +10,7 @@ __all__ = ['MODELS', 'CACHE', 'import_ultralytics', 'keep_libraries', 'keep_thre
            'read_scores', 'restore', 'last_state', 'begin_epoch', 'end_batch', 'end_epoch', 'make_trainer',
            'train_detector', 'run_trainer', 'finish_detector', 'score_detector']
 
-# %% ../nbs/03d_detector.ipynb #cdd0464e
+# %% ../nbs/03d_detector.ipynb #ea2b929b
 import contextlib
 import io
 import json
@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
-import pandas as pd
 import yaml
 from PIL import Image
 

@@ -13,11 +13,10 @@ __all__ = ['STRANGERS', 'PATCHES', 'prepare_run', 'write_inputs', 'list_empty', 
            'train_stage', 'training_lock', 'train_now', 'live_line', 'ensure_run', 'show_batch', 'show_detector_photos',
            'read_boxes']
 
-# %% ../nbs/04_train.ipynb #d86b4ee1
+# %% ../nbs/04_train.ipynb #59c0ee83
 import contextlib
 import math
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -41,8 +40,8 @@ from .backgrounds import Relay, ensure_masks, stock_grounds
 from .checkpoints import clear_orphans
 from .classifier import build_classifier, model_preprocess, predict, save_classifier, score, start_from
 from .compose import ComposeSettings, make_composer, write_trays
-from .core import (STAGES, Parameters, PillSnapError, Settings, Stage, append_event, describe_run, epoch_line, find_run, list_runs, load_settings, lock, new_run, pick_device,
-                           read_events, read_json, read_metrics, run_state, stale_modules, tail_events, write_json, write_metrics)
+from .core import (Parameters, PillSnapError, Stage, append_event, describe_run, epoch_line, find_run, list_runs, load_settings, lock, new_run, pick_device,
+                           read_events, read_json, run_state, stale_modules, tail_events, write_json, write_metrics)
 from .cutouts import Bank, bank_of_manifest, leave_out, look_up_drugs, read_looks
 from .data import Cache, CacheCut, Photos, PillDataset, batches, choose_kind, ensure_cache, epoch_order, plan_cut, stage_batches
 from .detector import build_network, train_detector

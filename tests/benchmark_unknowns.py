@@ -14,7 +14,7 @@ from pillsnap.core import Parameters, get_stage, list_runs, load_settings, run_s
 import numpy as np
 import pandas as pd
 
-from pillsnap.evaluate import open_run, with_judge
+from pillsnap.predictions import open_run, with_judge
 from pillsnap.aihub import read_photo
 from pillsnap.index import ensure_index
 from pillsnap.inspection import inspect

@@ -10,7 +10,8 @@ import pytest
 from conftest import PROJECT
 from pillsnap.aihub import pill_source
 from pillsnap.core import PillSnapError, read_metrics
-from pillsnap.evaluate import evaluate_run, open_run
+from pillsnap.evaluate import evaluate_run
+from pillsnap.predictions import open_run
 from pillsnap.identify import identify
 from pillsnap.index import ensure_index
 from pillsnap.judge import enrol_drug, load_judge
