@@ -91,7 +91,7 @@ def to_input(crops: torch.Tensor, pre: Preprocess) -> torch.Tensor:  # (b, s, s,
     scale, offset = (torch.from_numpy(v).to(crops.device).repeat(crops.shape[2]) for v in pre.scale_offset())  # a whole line of pixels: a loop over three numbers is four times slower on a CPU
     return crops.flatten(2).float().mul_(scale).add_(offset).view(crops.shape).permute(0, 3, 1, 2)
 
-# %% ../nbs/03c_classifier.ipynb #0f0c27db
+# %% ../nbs/03c_classifier.ipynb #9e94dfd0
 def see_features(model: nn.Module, xb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # (b, classes) logits, (b, d) features
     "Run a timm model, and keep what its last layer sees."
     features = model.forward_head(model.forward_features(xb), pre_logits=True)
@@ -107,7 +107,7 @@ class Predicted:
     rows: np.ndarray  # (n,) of the data set
     skipped: list[int]  # rows that could not be read
 
-
+# %% ../nbs/03c_classifier.ipynb #5f024d0a
 @torch.inference_mode()
 def predict(
     model: nn.Module,

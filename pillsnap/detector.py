@@ -104,7 +104,7 @@ def hash_weights(weights: dict[str, "torch.Tensor"]) -> str:  # 16 hex digits
     "Hash named tensors."
     return content_hash(*(part for name in sorted(weights) for part in (name, weights[name].detach().cpu().contiguous().numpy().tobytes())))
 
-# %% ../nbs/03d_detector.ipynb #c3f92e63
+# %% ../nbs/03d_detector.ipynb #89835f50
 def save_detector(
     path: Path,
     network: "nn.Module",
@@ -122,7 +122,7 @@ def save_detector(
     with atomic_path(path) as part:
         save_file(tensors, part, {"pillsnap": json.dumps(meta, ensure_ascii=False)})
 
-
+# %% ../nbs/03d_detector.ipynb #ecede068
 def read_detector(path: Path) -> tuple[dict[str, "torch.Tensor"], dict[str, Any]]:  # tensors, what was stored with them
     "Read a detector's file; raises PillSnapError if it is none, was changed, or was never trained."
     from safetensors import SafetensorError, safe_open
@@ -138,7 +138,7 @@ def read_detector(path: Path) -> tuple[dict[str, "torch.Tensor"], dict[str, Any]
         raise PillSnapError(f"{path}: weights {found}, but {weights} were trained from {start}; train it again, or copy it again")
     return tensors, meta
 
-# %% ../nbs/03d_detector.ipynb #05baa53a
+# %% ../nbs/03d_detector.ipynb #276967d3
 @dataclass(frozen=True, eq=False)
 class Detector:
     "A loaded detector; `detect` is the interface, which any other detector can offer."
@@ -167,7 +167,7 @@ class Detector:
             xb = torch.from_numpy(squares).to(self.device).permute(0, 3, 1, 2).contiguous().float() / 255
             return self.network(xb)[0].float().cpu().numpy()
 
-
+# %% ../nbs/03d_detector.ipynb #5e1d56cc
 def check_photo(photo: np.ndarray) -> np.ndarray:
     "Return a photo; raises PillSnapError for what is none."
     if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3 or 0 in photo.shape:
@@ -427,7 +427,7 @@ def last_state(job: DetectorJob) -> tuple[dict[str, Any], str]:  # the state, of
             raise PillSnapError(f"checkpoint {job.home / 'last.pt'} has another {name}: {there.get(name)!r} there, {here[name]!r} here")
     return state, wrong
 
-# %% ../nbs/03d_detector.ipynb #d030df58
+# %% ../nbs/03d_detector.ipynb #3087ae50
 def begin_epoch(trainer: Any) -> None:
     "Draw the epoch's order and augmentation from the seed and its number."
     import torch
@@ -454,7 +454,7 @@ def end_batch(trainer: Any) -> None:
     trainer.stop |= trainer.epoch * steps + job.step == job.plan.steps
     job.on_step(job.step, steps)
 
-
+# %% ../nbs/03d_detector.ipynb #7bedbfed
 def end_epoch(trainer: Any) -> None:
     "Report an epoch, once its weights are on the disk."
     job = trainer.job

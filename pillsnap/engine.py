@@ -308,7 +308,7 @@ def ease(training: Training, pills: int, tries: int) -> str:  # what is done abo
         group["weight_decay"] /= math.sqrt(2)
     return f"steps of {math.ceil(pills / 2)} pills from now on, learning rate and weight decay divided by the root of two"
 
-# %% ../nbs/03e_engine.ipynb #96ee8295
+# %% ../nbs/03e_engine.ipynb #5fead7dd
 def train_epoch(
     training: Training,
     loader: Any,  # the batches of the epoch that are left, from pillsnap.data
@@ -330,7 +330,7 @@ def train_epoch(
     training.epoch, training.within, training.total, training.counted = training.epoch + 1, 0, 0.0, 0
     return done
 
-
+# %% ../nbs/03e_engine.ipynb #2e958df9
 def wait_for_batches(training: Training, loader: Any) -> Iterator[Any]:
     "Hand on the batches of a loader, and count the time that the training waits for them."
     batches = iter(loader)
@@ -478,7 +478,7 @@ def largest_batch(stage: Stage, classes: int, device: str, most: int = 4096) -> 
     training.free()
     return found
 
-# %% ../nbs/03e_engine.ipynb #1da874ee
+# %% ../nbs/03e_engine.ipynb #fcd9ec5a
 HEADROOM = 0.95  # share of the largest batch that is used
 
 
@@ -490,7 +490,7 @@ class BatchPlan:
     lr: float
     limit: int = 0  # pills of the full size that fit on one device; 0: not tried
 
-
+# %% ../nbs/03e_engine.ipynb #ea72f9d8
 def plan_batch(
     stage: Stage,
     classes: int,

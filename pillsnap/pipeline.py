@@ -35,7 +35,7 @@ from .trays import detector_pills
 from .trees import SMOKE, command_line, fresh_trays
 from .viz import image_grid, plot_lines
 
-# %% ../nbs/04a_pipeline.ipynb #0ca00500
+# %% ../nbs/04a_pipeline.ipynb #7d5eb873
 @dataclass(frozen=True, eq=False)
 class Pipeline:
     "What `identify` needs: find pills, name pills, and know what that is worth."
@@ -61,7 +61,7 @@ class Pipeline:
         crops = np.stack([cut_pills(opened[i], boxes[i], self.pre if i in asked else replace(self.pre, margin=0.0))[0] for i in range(len(photos))])
         return replace(self, judge=enrol_drug(self.judge, k_code, self.classify(crops)[1], list(pictures or [f"{k_code}, photo {i + 1}" for i in range(len(photos))])))
 
-
+# %% ../nbs/04a_pipeline.ipynb #e1238dfa
 def open_pipeline(
     run: Path,
     classes: Sequence[str],  # the manifest's class map, which the weights must have

@@ -95,16 +95,16 @@ class Evaluated:
         answers = {"pred": top[:, 0], "confidence": p.max(1), "right": top[:, 0] == labels, "right5": (top == labels[:, None]).any(1), "known": reading.score >= self.judge.threshold}
         return Predictions(pills.iloc[found.rows].assign(**answers).reset_index(drop=True), p, score(reading.log_p, labels), len(found.skipped), reading, softmax(found.logits))
 
-# %% ../nbs/04d_predictions.ipynb #0b228753
+# %% ../nbs/04d_predictions.ipynb #b42029ce
 MAY_CHANGE = ("skip_unreadable", "loader", "workers", "prefetch", "pin", "batch", "gates", "hours")
 
 
 def evaluation_stage(trained: Stage, plan: Parameters) -> Stage:
     "Apply the overrides of an evaluation; raises PillSnapError for one that contradicts the training."
     given = [f for f in parse_overrides(str(plan.given.get("overrides", ""))) if getattr(plan.stage, f) != getattr(trained, f)]
-    for field in set(given) - set(MAY_CHANGE):
-        raise PillSnapError(f"the run was trained with {field}={getattr(trained, field)!r}, not {getattr(plan.stage, field)!r}; an evaluation can change {', '.join(MAY_CHANGE)}")
-    return replace(trained, **{field: getattr(plan.stage, field) for field in given})
+    for name in set(given) - set(MAY_CHANGE):
+        raise PillSnapError(f"the run was trained with {name}={getattr(trained, name)!r}, not {getattr(plan.stage, name)!r}; an evaluation can change {', '.join(MAY_CHANGE)}")
+    return replace(trained, **{name: getattr(plan.stage, name) for name in given})
 
 # %% ../nbs/04d_predictions.ipynb #f3f39a3d
 def open_run(run: Path, plan: Parameters) -> Evaluated:

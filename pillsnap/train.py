@@ -59,7 +59,7 @@ from .records import as_command, detector_epochs, resume_command
 from .trays import add_composed, detector_pills, find_empty, write_yolo_set
 from .viz import image_grid
 
-# %% ../nbs/04_train.ipynb #e1759766
+# %% ../nbs/04_train.ipynb #464e32dc
 def prepare_run(
     plan: Parameters,  # stage, run, resume
     manifest: Manifest,
@@ -80,7 +80,7 @@ def prepare_run(
                                               incomplete_trays=int(is_incomplete(index.tables.images).sum()), roots=[str(r) for r in index.roots], device=pick_device(plan.settings.device)))
     return run  # run.json comes last: a folder without it is no run
 
-
+# %% ../nbs/04_train.ipynb #db77fa1c
 def write_inputs(run: Path, stage: Stage, manifest: Manifest, index: Index) -> None:
     "Write what the training reads besides the photos."
     save_manifest(manifest, run / "manifest")
@@ -536,7 +536,7 @@ def train_by_turns(opened: RunFolder, job: Job, write: Write) -> None:
     with apart():
         train_classifier(job, write, stage.epochs)
 
-# %% ../nbs/04_train.ipynb #8d301283
+# %% ../nbs/04_train.ipynb #fb97fae8
 def fit(
     run: Path,
     ranks: Ranks | None = None,  # of the processes that train together; None: this one alone
@@ -553,7 +553,7 @@ def fit(
     with open_logs(run, opened.stage) as write:
         return train_logged(opened, write, start)
 
-
+# %% ../nbs/04_train.ipynb #8bac35f3
 def train_logged(opened: RunFolder, write: Write, start: float) -> dict[str, Any]:
     "Prepare, train and sum up."
     run = opened.run

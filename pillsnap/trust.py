@@ -28,7 +28,7 @@ from .synthetic import make_looks, photo_single
 from .unknowns import auroc, false_accepts
 from .viz import SPLIT_COLOURS, image_grid, new_figure
 
-# %% ../nbs/04c_trust.ipynb #d08f4565
+# %% ../nbs/04c_trust.ipynb #54a7427b
 VIEWS = ((0, 0, 75), (1, 0, 60), (2, 1, 90), (0, 1, 75))  # light, side, latitude
 
 
@@ -48,7 +48,7 @@ def draw_strangers(
              "other drugs": [x for x in new if (x.shape, x.colours) not in faces], "drugs of another hand": make_looks(each, seed + 1000)}
     return {kind: draw_pills(some[:each], pre, shape) for kind, some in kinds.items() if some}
 
-
+# %% ../nbs/04c_trust.ipynb #11cc35c0
 def draw_pills(looks: Sequence[Any], pre: Preprocess, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     "Draw some views of each look, and cut them."
     crops, drugs = [], []
@@ -85,7 +85,7 @@ def trust_metrics(
                   "set_promised": judge.coverage, "set_holds": float(holds.mean()), "set_holds_interval": share(holds, ones, clusters)[1], "set_drugs": float(np.mean([len(held) for held in sets])),
                   "known_accepted": float(known.mean()), "known_accepted_interval": share(known, ones, clusters)[1], "accepted_top1": accepted_right[0], "accepted_top1_interval": accepted_right[1]}
 
-# %% ../nbs/04c_trust.ipynb #d4114d00
+# %% ../nbs/04c_trust.ipynb #e5c2b3c8
 def unknown_row(judge: Judge, known: np.ndarray, unknown: np.ndarray, drugs: Sequence[Any]) -> dict[str, Any]:
     "Measure one kind of strange pills by their scores; the interval draws whole drugs."
     taken = unknown >= judge.threshold
@@ -105,7 +105,7 @@ def unknown_table(
         rows[kind] = unknown_row(judge, known.score, reading.score, drugs) | {"softmax auroc": auroc(*softmax), "softmax far95": false_accepts(*softmax)}
     return pd.DataFrame(rows).T.astype({"pills": int, "drugs": int})
 
-
+# %% ../nbs/04c_trust.ipynb #60c9368f
 def plot_unknown(judge: Judge, known: Reading, strangers: Mapping[str, tuple[Reading, Sequence[Any]]]) -> Figure:
     "Draw the scores of known and strange pills, with the threshold."
     figure, axes = new_figure(3.4 * max(1, len(strangers)), 2.6, max(1, len(strangers)))
@@ -165,7 +165,7 @@ def add_noise(crop: np.ndarray, sigma: float) -> np.ndarray:
     "Add the same grain to every photo."
     return np.clip(crop + np.random.default_rng(0).normal(0, sigma, crop.shape), 0, 255).astype(np.uint8)
 
-# %% ../nbs/04c_trust.ipynb #f6372a5d
+# %% ../nbs/04c_trust.ipynb #86135c57
 DAMAGE: dict[str, tuple[str, Sequence[float], Callable[[np.ndarray, float], np.ndarray]]] = {  # kind → unit, steps, how
     "blur": ("σ, % of the side", (1, 2, 3, 5), lambda crop, step: cv2.GaussianBlur(crop, (0, 0), step / 100 * len(crop))),
     "noise": ("σ, of 255", (5, 10, 20, 40), add_noise),
@@ -193,7 +193,7 @@ def measure_damage(
             rows.append({"kind": kind, "unit": unit, "step": number, "amount": float(amount)} | damage_row(classify, judge, hurt, labels, clusters))
     return pd.DataFrame(rows)
 
-
+# %% ../nbs/04c_trust.ipynb #c32f6986
 def damage_row(classify: Classify, judge: Judge, crops: np.ndarray, labels: np.ndarray, clusters: Sequence[Any]) -> dict[str, float]:
     "Classify and judge some crops."
     reading = judge.read(*classify(crops))

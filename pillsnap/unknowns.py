@@ -6,7 +6,7 @@
 __all__ = ['Score', 'SCORES', 'Residual', 'fit_residual', 'Seen', 'see', 'energy', 'auroc', 'threshold_for', 'false_accepts',
            'leave_out', 'compare_scores']
 
-# %% ../nbs/03ee_unknowns.ipynb #e186dca7
+# %% ../nbs/03ee_unknowns.ipynb #ec0ced57
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .calibration import log_softmax
-from .gallery import Gallery, make_gallery, unit
+from .gallery import Gallery
 
 # %% ../nbs/03ee_unknowns.ipynb #8c6053ef
 @dataclass(frozen=True, eq=False)

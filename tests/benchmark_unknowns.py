@@ -9,13 +9,14 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from pillsnap.core import Parameters, get_stage, list_runs, load_settings, run_state
+from pillsnap.core import Parameters, Stage, get_stage, list_runs, load_settings, read_json, run_state
 
 import numpy as np
 import pandas as pd
 
 from pillsnap.predictions import open_run, with_judge
 from pillsnap.aihub import read_photo
+from pillsnap.calibration import coverage_at, coverage_curve
 from pillsnap.index import ensure_index
 from pillsnap.inspection import inspect
 from pillsnap.judge import Hint, enrol_drug, weigh
@@ -71,11 +72,11 @@ def measure_enrolment(evaluated, test, whole, settings_of_new):
     pool, new_test = settings_of_new
     logits, features, pills = test
     before = [v.top[0][0] for v in evaluated.judge(logits, features)] == pills.k_code
-    rows = {"trained on all 250": {"new drugs": interval(whole[0], whole[2]), "known drugs": interval(whole[1], whole[3]), "lost": ""}}
+    rows = {"trained on all": {"new drugs": interval(whole[0], whole[2]), "known drugs": interval(whole[1], whole[3]), "lost": ""}} if whole else {}
     for photos in (1, 3, 5):
         judge = evaluated.judge
         for drug, own in pool[2].groupby("k_code"):
-            some = own.index[np.linspace(0, len(own) - 1, photos).astype(int)]
+            some = own.index[np.unique(np.linspace(0, len(own) - 1, photos).astype(int))]
             judge = enrol_drug(judge, drug, pool[1][some], [f"{drug} {i}" for i in some])
         named = [v.top[0][0] for v in judge(new_test[0], new_test[1])] == new_test[2].k_code
         after = [v.top[0][0] for v in judge(logits, features)] == pills.k_code
@@ -122,6 +123,19 @@ def measure_photos(evaluated, folder, test):
     return f"{len(crops)} pills of real phone photos: AUROC {auroc(known.score, real.score):.3f}, {(real.score >= evaluated.judge.threshold).mean():.3f} accepted"
 
 
+def measure_run(run):
+    "Measure a run of a photo set whose class list leaves drugs out: they are unknown, and are then enrolled from their training photos."
+    record = read_json(run / "run.json")
+    evaluated = with_judge(open_run(run, Parameters(Stage(**record["stage"]), [], load_settings(), {})))
+    pills = evaluated.manifest.pills
+    strange, pool = (read_pills(evaluated, pills[(pills.label < 0) & (pills.split == split) & (pills.kind == "photo")].reset_index(drop=True)) for split in ("test", "train"))
+    test = read_pills(evaluated, classifier_pills(evaluated.manifest, "test"))
+    print(markdown(measure_unknown(evaluated, test, strange)), "\nchosen on validation:", evaluated.chosen, "\n")
+    confidence, right = np.exp(evaluated.judge.read(*test[:2]).log_p), test[2].label.to_numpy()
+    print(f"share of the known drugs' pills answered at 5 % error: {coverage_at(coverage_curve(confidence.max(1), confidence.argmax(1) == right), 0.05):.3f} of {len(right)}\n")
+    print(markdown(measure_enrolment(evaluated, test, None, (pool, strange))))
+
+
 def markdown(table):
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [("", *table.columns), ["---"] * (1 + len(table.columns)), *table.itertuples()])
 
@@ -133,7 +147,10 @@ def main():
     parser.add_argument("--overrides", default="", help="fields of the stage, for all runs")
     parser.add_argument("--suffix", default="", help="of the runs' names, for other overrides")
     parser.add_argument("--photos", type=Path, help="folder with labelled photos of other pills, as unknown ones")
+    parser.add_argument("--run", type=Path, help="measure this run of a photo set instead, which leaves drugs out of its class list")
     given = parser.parse_args()
+    if given.run:
+        return measure_run(given.run)
     settings = load_settings()
     root = ensure_synthetic(settings, DATA)
     settings = replace(settings, work=settings.work / "unknowns", manifests=settings.work / "unknowns/manifests")
