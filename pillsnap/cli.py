@@ -134,16 +134,19 @@ def launched_since(settings: Settings, key: str, since: str) -> Path | None:
     runs = [r for r in list_runs(settings, key) if any(e["time"] >= since for e in read_events(r, "launched"))]
     return runs[-1] if runs else None
 
-# %% ../nbs/10_cli.ipynb #02d69e82
+# %% ../nbs/10_cli.ipynb #1563a46a
 @contextmanager
 def tensorboard_beside(folder: Path, wanted: bool) -> Iterator[None]:
     "Serve the curves of a stage's runs on this machine while the block runs; raises PillSnapError if that cannot be begun."
     if not wanted:
         yield
         return
+    import importlib.util
     import socket
     import subprocess
 
+    if importlib.util.find_spec("tensorboard") is None:
+        raise PillSnapError("--tensorboard needs the package tensorboard: pip install -c constraints.txt tensorboard")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -155,7 +158,10 @@ def tensorboard_beside(folder: Path, wanted: bool) -> Iterator[None]:
         yield
     finally:
         server.terminate()
-        server.wait(10)
+        try:
+            server.wait(10)
+        except subprocess.TimeoutExpired:
+            server.kill()
 
 # %% ../nbs/10_cli.ipynb #9174b208
 def execute(notebook: Path, out: Path, parameters: dict[str, Any], find: Callable[[], Path | None] | None, project: Path) -> str:  # "" or the error's text
@@ -391,12 +397,13 @@ def show_diagnosis(found: Any, stage: Stage) -> None:
     for finding in found.findings:
         console.print(f"{'[yellow]![/yellow]' if finding.remedy else '[green]✓[/green]'} {finding.topic}: {finding.said}" + (f"\n  [green]try[/green] {finding.remedy}" if finding.remedy else ""), soft_wrap=True)
 
-# %% ../nbs/10_cli.ipynb #7e5480dc
+# %% ../nbs/10_cli.ipynb #c6fbeaeb
 FIGURES = ("images a second", "hours", "GB")  # columns of numbers
 
 
 def lay_table(names: list[str], rows: list[tuple[str, ...]]) -> Any:
     "Lay out a table, its figures to the right."
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(*names, box=None, pad_edge=False, header_style="bold")
@@ -404,7 +411,7 @@ def lay_table(names: list[str], rows: list[tuple[str, ...]]) -> Any:
         column.no_wrap = True
         column.justify = "right" if name in FIGURES else "left"
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))  # a path in brackets is no markup
     return table
 
 # %% ../nbs/10_cli.ipynb #7bb95085

@@ -10,7 +10,7 @@ __all__ = ['SAMPLE', 'PHOTO', 'LOADING', 'TESTED', 'VALIDATED', 'Sample', 'take_
            'find_detector_weights', 'find_versions', 'find_fonts', 'look_around', 'time_detector', 'flatten', 'outlook',
            'count_weights', 'Diagnosis', 'examine', 'existing', 'sample_dataset', 'limit_once', 'rate_table']
 
-# %% ../nbs/04b_doctor.ipynb #843b64cc
+# %% ../nbs/04b_doctor.ipynb #4ea24c31
 import contextlib
 import os
 import shutil
@@ -35,7 +35,7 @@ from .classifier import build_classifier, check_tag, model_preprocess, to_input
 from .core import FULLEST, Parameters, PillSnapError, Settings, Stage, count_workers, disk_room, installed_versions, pick_device, stale_modules
 from .data import Photos, PillDataset, choose_kind, cut_wide, encode, ensure_cache, epoch_order, estimate_bytes, plan_cut, stage_batches
 from .detector import build_network
-from .engine import start_training, train_step
+from .engine import is_memory_error, start_training, train_step
 from .files import Source
 from .manifest import load_manifest
 from .methods import size_at
@@ -376,7 +376,7 @@ def look_around(plan: Parameters, device: str) -> list[Finding]:
     code = Finding("code", f"edited but not exported: {', '.join(stale)}" if stale else "notebooks and module agree", "nbdev_export" if stale else "")
     return [find_gpu(device), *find_memory(count_workers(plan.stage.workers)), find_space(plan.settings), find_data(plan), find_weights(plan.stage), find_detector_weights(plan.stage), find_versions(), find_fonts(), code]
 
-# %% ../nbs/04b_doctor.ipynb #cd17abf4
+# %% ../nbs/04b_doctor.ipynb #9dbe8e1f
 def time_detector(stage: Stage, device: str) -> float:  # seconds for one image in a training step
     "Time the detector's network forward and back on one image; on a CPU at half the side, times four."
     network = build_network(stage.detector).to(device).train()
@@ -391,7 +391,15 @@ def time_detector(stage: Stage, device: str) -> float:  # seconds for one image 
         sum(part.float().mean() for part in flatten(out)).backward()
         wait_for(device)
 
-    step(0) if device != "cpu" else None
+    while device != "cpu":  # a first step prepares much, and finds out how many photos fit
+        try:
+            step(0)
+            break
+        except Exception as e:
+            if not is_memory_error(e) or photos == 1:
+                raise
+            photos = max(1, photos // 2)
+            torch.cuda.empty_cache()
     return seconds_each(step, range(10), 0.5) / photos * (stage.detector_size / side) ** 2
 
 

@@ -207,7 +207,7 @@ def backward(training: Training, xb: torch.Tensor, target: torch.Tensor, loss_fn
         total += loss.item()
     return total
 
-# %% ../nbs/03e_engine.ipynb #cb0417ba
+# %% ../nbs/03e_engine.ipynb #bcbef0d0
 def forward(training: Training, xb: torch.Tensor, target: torch.Tensor, loss_fn: nn.Module) -> torch.Tensor:  # ()
     "Compute a loss; where the compiled model fails, go on with the model itself."
     autocast = torch.autocast(training.device.split(":")[0], training.precision) if training.precision else contextlib.nullcontext()
@@ -215,7 +215,10 @@ def forward(training: Training, xb: torch.Tensor, target: torch.Tensor, loss_fn:
 
     def loss(network: Callable) -> torch.Tensor:
         value = loss_fn(network(xb), target)
-        return value + training.stage.metric * training.metric(training.caught.pop(), target) if training.metric else value
+        if training.metric is None:
+            return value
+        with torch.autocast(training.device.split(":")[0], enabled=False):  # it would make its own weights half as precise
+            return value + training.stage.metric * training.metric(training.caught.pop().float(), target)
 
     with autocast:
         try:
@@ -478,7 +481,7 @@ def largest_batch(stage: Stage, classes: int, device: str, most: int = 4096) -> 
     training.free()
     return found
 
-# %% ../nbs/03e_engine.ipynb #fcd9ec5a
+# %% ../nbs/03e_engine.ipynb #aeff058f
 HEADROOM = 0.95  # share of the largest batch that is used
 
 
@@ -488,26 +491,29 @@ class BatchPlan:
     batch: int  # of all ranks
     parts: int
     lr: float
-    limit: int = 0  # pills of the full size that fit on one device; 0: not tried
+    limit: int = 0  # pills of the full size that fit on one device, or all that were asked for; 0: not tried
 
-# %% ../nbs/03e_engine.ipynb #ea72f9d8
+# %% ../nbs/03e_engine.ipynb #dcab5a73
 def plan_batch(
     stage: Stage,
     classes: int,
     device: str,
     pills: int,  # of an epoch
     ranks: int = 1,
-    search: Callable[[Stage, int, str], int] = largest_batch,
+    search: Callable[[Stage, int, str, int], int] = largest_batch,  # stage, classes, device, the most that is asked for
 ) -> BatchPlan:
     "Decide batch and parts, by trying where the stage leaves them open; raises PillSnapError for a search without a GPU, and where not even two pills fit."
     if not device.startswith("cuda"):
         if stage.batch_search:
             raise PillSnapError(f"batch_search=true asks how many pills a GPU's memory holds, and the device is {device!r}: give batch=…")
         return BatchPlan(stage.batch, max(1, stage.accumulate), stage.lr)
+    if stage.batch_search and stage.strategy == "interleaved":
+        raise PillSnapError("batch_search=true would give the classifier the memory that strategy=interleaved needs for the detector: give batch=…, or take strategy=sequential")
     if stage.accumulate and not stage.batch_search:
         return BatchPlan(stage.batch, stage.accumulate, stage.lr)
-    if (limit := search(stage, classes, device)) < 2:
+    wanted = 4096 if stage.batch_search else math.ceil(stage.batch / ranks / HEADROOM)  # more than that nobody asks for
+    if (limit := search(stage, classes, device, wanted)) < 2:
         raise PillSnapError(f"not two pills of {stage.size} px fit on {device} with {stage.model}: lower size, take a smaller model, or free the memory that others hold")
     room = max(2, int(HEADROOM * limit)) * ranks
-    batch = min(room * max(1, stage.accumulate), max(2, pills // 8)) if stage.batch_search else stage.batch
-    return BatchPlan(batch, stage.accumulate or math.ceil(batch / room), stage.lr * math.sqrt(batch / stage.batch), limit)
+    batch = min(room * max(1, stage.accumulate), max(2, pills // 8), 4096) if stage.batch_search else stage.batch
+    return BatchPlan(batch, stage.accumulate or math.ceil(batch / room), min(1.0, stage.lr * math.sqrt(batch / stage.batch)), limit)

@@ -13,7 +13,7 @@ import numpy as np
 
 from .core import PillSnapError
 
-# %% ../nbs/03ed_gallery.ipynb #add34a78
+# %% ../nbs/03ed_gallery.ipynb #9004604a
 def unit(features: np.ndarray) -> np.ndarray:  # (n, d) float32 of length 1
     "Divide each row by its length."
     features = np.asarray(features, np.float32)
@@ -36,10 +36,21 @@ class Gallery:
         "Give the highest similarity to each drug."
         return np.maximum.reduceat(similarities, np.searchsorted(self.drugs, np.arange(len(self.names))), axis=1)
 
-    def nearest(self, similarities: np.ndarray, most: int = 3) -> list[list[tuple[str, str, float]]]:  # per pill: K-code, picture, cosine
-        "Name the nearest pills of the gallery."
-        order = np.argsort(-similarities, axis=1, kind="stable")[:, :most]
-        return [[(self.names[self.drugs[i]], self.pictures[i], round(float(row[i]), 4)) for i in best] for row, best in zip(similarities, order)]
+    def compare(self, features: np.ndarray, most: int = 5, chunk: int = 4096) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (m, drugs) cosine of each drug's nearest; (m, most) the nearest pills, their cosines
+        "Compare pills with the gallery, some thousand at a time."
+        near, place, cosine = [np.empty((0, len(self.names)), np.float32)], [np.empty((0, min(most, len(self.drugs))), np.int64)], [np.empty((0, min(most, len(self.drugs))), np.float32)]
+        for start in range(0, len(features), chunk):
+            similar = self.similarities(features[start : start + chunk])
+            best = np.argpartition(-similar, min(most, similar.shape[1]) - 1, axis=1)[:, :most]
+            order = np.take_along_axis(best, np.argsort(-np.take_along_axis(similar, best, 1), axis=1, kind="stable"), 1)
+            near.append(self.by_drug(similar))
+            place.append(order)
+            cosine.append(np.take_along_axis(similar, order, 1))
+        return np.concatenate(near), np.concatenate(place), np.concatenate(cosine)
+
+    def name(self, place: np.ndarray, cosine: np.ndarray) -> list[tuple[str, str, float]]:  # K-code, picture, cosine
+        "Name pills of the gallery."
+        return [(self.names[self.drugs[i]], self.pictures[i], round(float(c), 4)) for i, c in zip(place, cosine)]
 
 # %% ../nbs/03ed_gallery.ipynb #923c9668
 def choose_rows(features: np.ndarray, most: int) -> np.ndarray:  # rows, most telling first
@@ -67,18 +78,20 @@ def make_gallery(
     kept = np.concatenate([own[choose_rows(features[own], each)] for own in rows])
     return Gallery(unit(features[kept]), np.asarray(labels)[kept], list(names), [pictures[i] for i in kept])
 
-# %% ../nbs/03ed_gallery.ipynb #a4774b77
+# %% ../nbs/03ed_gallery.ipynb #bf8706c2
 def enrol(
     gallery: Gallery,
     k_code: str,
     features: np.ndarray,  # (n, d) of the drug's photos
     pictures: Sequence[str],  # (n,)
 ) -> Gallery:
-    "Add a drug; raises PillSnapError for one that is there already, or without a photo."
+    "Add a drug; raises PillSnapError for one that is there already, without a photo, or with features that are no numbers."
     if k_code in gallery.names:
         raise PillSnapError(f"{k_code} is in the gallery already: remove it first, or give another K-code")
     if not len(features) or features.shape[1] != gallery.features.shape[1]:
         raise PillSnapError(f"{k_code} needs photos with features of {gallery.features.shape[1]} numbers; given: {features.shape}")
+    if not np.isfinite(features).all() or len(pictures) != len(features):
+        raise PillSnapError(f"{k_code}: {len(pictures)} pictures for {len(features)} photos" if len(pictures) != len(features) else f"{k_code}: the model gives features that are no numbers; is its file damaged?")
     return replace(gallery, features=np.concatenate([gallery.features, unit(features)]), drugs=np.append(gallery.drugs, np.full(len(features), len(gallery.names))),
                    names=[*gallery.names, k_code], pictures=[*gallery.pictures, *pictures])
 

@@ -136,7 +136,7 @@ def classify_crops(crops: Mapping[Any, list[np.ndarray]], classify: Classify, ju
     ends = np.cumsum([len(found) for found in crops.values()])[:-1]
     return {key: judge.read(*own) for key, *own in zip(crops, np.split(logits, ends), np.split(features, ends)) if len(own[0])}
 
-# %% ../nbs/03f_identify.ipynb #7052b6c6
+# %% ../nbs/03f_identify.ipynb #91efaa1f
 MODES = ("single", "combination")
 
 
@@ -164,11 +164,11 @@ class Extra:
 def read_pills(readings: Mapping[Any, Reading], place: int, extra: Extra, registry: pd.DataFrame | None) -> Reading:
     "Join what is known about the pills of one photo; raises PillSnapError for an allowed drug that cannot be named."
     reading = fuse(readings[place], readings["back", place]) if ("back", place) in readings else readings[place]
-    if extra.hint != Hint() and registry is not None:
+    if extra.hint != Hint():
         reading = weigh(reading, extra.hint, registry)
     return reading if extra.allowed is None else allow(reading, extra.allowed)
 
-# %% ../nbs/03f_identify.ipynb #a5171cd3
+# %% ../nbs/03f_identify.ipynb #98f6d124
 @contextmanager
 def timed(seconds: dict[str, float], step: str) -> Iterator[None]:
     "Note how long the block took."
@@ -177,7 +177,7 @@ def timed(seconds: dict[str, float], step: str) -> Iterator[None]:
     seconds[step] = time.perf_counter() - start
 
 
-def check_request(photos: Sequence, mode: str, detect: Detect | None, regions: Sequence | None, extras: Sequence | None, top: int) -> None:
+def check_request(photos: Sequence, mode: str, detect: Detect | None, regions: Sequence | None, extras: Sequence | None, registry: pd.DataFrame | None, top: int) -> None:
     "Raise PillSnapError for a mode that does not exist, and for what does not belong to it."
     if mode not in MODES:
         raise PillSnapError(f"unknown mode {mode!r}: {suggest(mode, MODES)}")
@@ -188,6 +188,8 @@ def check_request(photos: Sequence, mode: str, detect: Detect | None, regions: S
     for what, given in (("regions", regions), ("extras", extras)):
         if given is not None and len(given) != len(photos):
             raise PillSnapError(f"{len(given)} {what} for {len(photos)} photos: give one per photo, None for {'the whole photo' if what == 'regions' else 'nothing'}")
+    if registry is None and any(extra and extra.hint != Hint() for extra in extras or ()):
+        raise PillSnapError("a hint needs the registry of the drugs' looks, and none was given")
     if top < 1:
         raise PillSnapError(f"top={top}: at least 1 answer per pill")
 
@@ -199,7 +201,7 @@ def open_backs(extras: Mapping[int, Extra], pre: Preprocess) -> tuple[dict[Any, 
     whole = replace(pre, margin=0.0)
     return ({("back", places[i]): cut_pills(photo, check_region(None, photo.shape), whole) for i, photo in opened.items()}, {places[i]: f"the photo of the back: {said}" for i, said in wrong.items()})
 
-# %% ../nbs/03f_identify.ipynb #5493cd9f
+# %% ../nbs/03f_identify.ipynb #6af93796
 def identify(
     photos: Sequence[np.ndarray | bytes],  # (h, w, 3) uint8 RGB, or the bytes of image files
     mode: str,  # single: the region is the pill; combination: find the pills first
@@ -215,7 +217,7 @@ def identify(
     registry: pd.DataFrame | None = None,  # index K-code, columns of `drugs.REGISTRY`; hints need it
 ) -> tuple[list[Answer], dict[str, float]]:  # one answer per photo, in order; seconds of open, detect, cut, classify
     "Say which pills are in each photo; raises PillSnapError for a bad request, ValueError for callables that break their contract."
-    check_request(photos, mode, detect, regions, extras, top)
+    check_request(photos, mode, detect, regions, extras, registry, top)
     seconds: dict[str, float] = {}
     added = {place: extra or Extra() for place, extra in enumerate(extras or [None] * len(photos))}
     with timed(seconds, "open"):

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['PLAUSIBLE', 'ENROLLED', 'MISMATCH', 'ALIKE', 'Reading', 'Verdict', 'Judge', 'trusting', 'Outputs', 'fit_worth',
-           'fit_reserve', 'fit_judge', 'enrol_drug', 'dismiss_drug', 'fuse', 'allow', 'Hint', 'read_hint',
-           'plain_imprint', 'agree', 'weigh', 'save_judge', 'load_judge']
+           'fit_reserve', 'add_missing', 'fit_judge', 'enrol_drug', 'dismiss_drug', 'fuse', 'allow', 'Hint',
+           'read_hint', 'plain_imprint', 'agree', 'weigh', 'save_judge', 'load_judge']
 
-# %% ../nbs/03ef_judge.ipynb #661bb46e
+# %% ../nbs/03ef_judge.ipynb #97128fe4
 import json
+import zipfile
+import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from difflib import SequenceMatcher
@@ -21,9 +23,9 @@ import pandas as pd
 from .calibration import NO_SCALING, Scaling, choose_scaling, fit_sets, log_softmax, prediction_sets
 from .core import PillSnapError, atomic_path, suggest
 from .gallery import Gallery, dismiss, enrol, make_gallery, unit
-from .unknowns import SCORES, Residual, Seen, compare_scores, fit_residual, leave_out, see, threshold_for
+from .unknowns import JUDGED, SCORES, Residual, Seen, compare_scores, fit_residual, leave_out, see, threshold_for
 
-# %% ../nbs/03ef_judge.ipynb #6417584e
+# %% ../nbs/03ef_judge.ipynb #0ed6f280
 @dataclass(frozen=True, eq=False)
 class Reading:
     "Pills, read: what each drug is worth, how known they look, what they are compared with."
@@ -31,8 +33,13 @@ class Reading:
     log_p: np.ndarray  # (n, names) log-probabilities
     score: np.ndarray  # (n,) of being known; higher is more
     own: np.ndarray  # (n,) log-probability that was left to the drugs now allowed, before an allow-list
-    similar: np.ndarray  # (n, gallery) cosines to the gallery's pills; (n, 0) without one
-    near: np.ndarray  # (n, names) cosines to each drug's nearest pill; (n, 0) without one
+    near: np.ndarray  # (n, names) cosine of each drug's nearest gallery pill; (n, 0) without a gallery
+    place: np.ndarray  # (n, k) the nearest gallery pills
+    cosine: np.ndarray  # (n, k)
+
+    def take(self, rows: Any) -> "Reading":
+        "Keep some pills."
+        return Reading(self.names, *(getattr(self, name)[rows] for name in ("log_p", "score", "own", "near", "place", "cosine")))
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,7 @@ class Verdict:
 # %% ../nbs/03ef_judge.ipynb #28463799
 PLAUSIBLE = np.log(0.02)  # log-probability that an allow-list must leave, or the pill is none of its drugs
 
-# %% ../nbs/03ef_judge.ipynb #64eea3bb
+# %% ../nbs/03ef_judge.ipynb #f590c09a
 @dataclass(frozen=True, eq=False)
 class Judge:
     "What a run knows about its own answers."
@@ -61,6 +68,7 @@ class Judge:
     residual: Residual | None = None
     worth: tuple[float, float] = (0.0, 0.0)  # scaled logit = worth[0] * cosine + worth[1]
     near: float = 1.0  # cosine to its own drug that 95 % of the validation pills reach
+    weights: str = ""  # hash of the weights it was fitted to
 
     @property
     def names(self) -> list[str]:
@@ -71,22 +79,26 @@ class Judge:
         "Read pills."
         scaled, n = self.scaling(np.asarray(logits, np.float64)), len(logits)
         if self.gallery is None:
-            return Reading(self.classes, log_softmax(scaled), np.zeros(n), np.zeros(n), np.empty((n, 0)), np.empty((n, 0)))
-        similar = self.gallery.similarities(features)
-        near = self.gallery.by_drug(similar)
+            return Reading(self.classes, log_softmax(scaled), np.zeros(n), np.zeros(n), np.empty((n, 0)), np.empty((n, 0), int), np.empty((n, 0)))
+        near, place, cosine = self.gallery.compare(features)
         enrolled = near[:, len(self.classes) :]
         score = SCORES[self.method](Seen(np.asarray(logits, np.float64), features, near[:, : len(self.classes)]), self.residual)
         everything = np.concatenate([scaled, self.worth[0] * enrolled + self.worth[1]], axis=1)
-        if enrolled.shape[1]:  # a pill that is as near to an enrolled drug as pills are to their own is no unknown one
-            score = np.where((enrolled.max(1) >= self.near) & (everything.argmax(1) >= len(self.classes)), np.maximum(score, self.threshold), score)
-        return Reading(self.names, log_softmax(everything), score, np.zeros(n), similar, near)
+        return Reading(self.names, log_softmax(everything), score, np.zeros(n), near, place, cosine)
+
+    def knows(self, reading: Reading) -> np.ndarray:  # (n,) bool
+        "Say which pills count as known: by their score, or as near to the enrolled drug they are named as pills are to their own."
+        known, best = reading.score >= self.threshold, reading.log_p.argmax(1)
+        if len(self.names) > len(self.classes):
+            known = known | ((best >= len(self.classes)) & (reading.near[np.arange(len(best)), best] >= self.near))
+        return known & (reading.own >= PLAUSIBLE)
 
     def decide(self, reading: Reading, top: int = 5, evidence: int = 3) -> list[Verdict]:
         "Say what may be said."
         p = np.exp(reading.log_p)
         order = np.argsort(-p, axis=1, kind="stable")[:, :top]
-        known = (reading.score >= self.threshold) & (reading.own >= PLAUSIBLE)
-        sets, seen = prediction_sets(p, self.least), self.gallery.nearest(reading.similar, evidence) if self.gallery else [[] for _ in p]
+        known, sets = self.knows(reading), prediction_sets(p, self.least)
+        seen = [self.gallery.name(place[:evidence], cosine) if self.gallery else [] for place, cosine in zip(reading.place, reading.cosine)]
         return [Verdict([(reading.names[i], float(row[i])) for i in best], bool(k), [reading.names[i] for i in held], float(s - self.threshold) if self.method else 0.0, near)
                 for row, best, k, held, s, near in zip(p, order, known, sets, reading.score, seen)]
 
@@ -121,11 +133,11 @@ def fit_worth(scaled: np.ndarray, near: np.ndarray, labels: np.ndarray) -> tuple
 
 ENROLLED = 3  # photos of a drug that is enrolled, as the reserve reckons
 
-# %% ../nbs/03ef_judge.ipynb #e5e50663
-def fit_reserve(scaled: np.ndarray, similar: np.ndarray, gallery: Gallery, labels: np.ndarray, worth: tuple[float, float], lost: float = 0.001, folds: int = 5) -> float:
+# %% ../nbs/03ef_judge.ipynb #996276e7
+def fit_reserve(scaled: np.ndarray, features: np.ndarray, gallery: Gallery, labels: np.ndarray, worth: tuple[float, float], lost: float = 0.001, folds: int = 5) -> float:
     "Find what to take off the worth of enrolled drugs so that they take no more than so large a share of the validation pills from the known ones: a fifth of the drugs plays the enrolled ones, in turn."
-    place = np.arange(len(gallery.drugs)) - np.searchsorted(gallery.drugs, gallery.drugs)
-    near = gallery.by_drug(np.where(place < ENROLLED, similar, -1.0))
+    few = np.arange(len(gallery.drugs)) - np.searchsorted(gallery.drugs, gallery.drugs) < ENROLLED
+    near = replace(gallery, features=gallery.features[few], drugs=gallery.drugs[few]).compare(features, 1)[0]
     part, margins, pills = np.random.default_rng(0).permutation(scaled.shape[1]) % folds, [], 0
     for fold in range(folds):
         new, old = part == fold, part[labels] != fold
@@ -138,7 +150,13 @@ def fit_reserve(scaled: np.ndarray, similar: np.ndarray, gallery: Gallery, label
     found = np.sort(np.concatenate(margins))[::-1] if margins else np.empty(0)
     return float(max(0.0, found[min(int(lost * pills), len(found) - 1)] + 1e-6)) if len(found) else 0.0
 
-# %% ../nbs/03ef_judge.ipynb #687c8d8b
+# %% ../nbs/03ef_judge.ipynb #78833361
+def add_missing(train: Outputs, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # features, labels
+    "Add, for drugs without a training pill, the direction that the last layer looks for."
+    missing = np.setdiff1d(np.arange(len(weight)), train.labels)
+    return np.concatenate([train.features, weight[missing]]), np.concatenate([train.labels, missing]).astype(int)
+
+
 def fit_judge(
     train: Outputs,  # some pills of each drug, without augmentation
     val: Outputs,
@@ -149,17 +167,19 @@ def fit_judge(
     accepted: float = 0.95,  # share of the known validation pills that count as known
     method: str = "",  # of SCORES; "" chooses by the drugs left out
 ) -> tuple[Judge, dict[str, Any]]:  # the judge; how it was chosen
-    "Fit a judge; raises PillSnapError for a drug without a training pill."
-    gallery = make_gallery(train.features, train.labels, classes, train.pictures)
+    "Fit a judge; raises PillSnapError without a validation pill."
+    if not len(val.labels):
+        raise PillSnapError("a judge is fitted on validation pills, and there is none")
+    gallery = make_gallery(*add_missing(train, weight), classes, [*train.pictures, *([""] * len(classes))])
     residual = fit_residual(train.features, train.logits, weight, bias)
-    scaling, left_out = choose_scaling(val.logits, val.labels)
+    scaling, left_out, apart = choose_scaling(val.logits, val.labels)
     scaled, known = scaling(val.logits), see(val.logits, val.features, gallery)
     compared = compare_scores(known, leave_out(known, val.labels), residual)
-    method, p = method or compared.index[0], np.exp(log_softmax(scaled))
+    method, p = method or next(name for name in compared.index if name in JUDGED), np.exp(log_softmax(apart))
     coverage = min(coverage, np.floor(100 * len(p) / (len(p) + 1)) / 100)  # of few pills nobody can promise more
     own = known.similar[np.arange(len(val.labels)), val.labels]
     slope, offset = fit_worth(scaled, known.similar, val.labels)
-    reserve = fit_reserve(scaled, gallery.similarities(val.features), gallery, val.labels, (slope, offset))
+    reserve = fit_reserve(scaled, val.features, gallery, val.labels, (slope, offset))
     judge = Judge(list(classes), scaling, coverage, fit_sets(p, val.labels, coverage), method, threshold_for(SCORES[method](known, residual), accepted), gallery, residual,
                   (slope, offset - reserve), threshold_for(own, accepted))
     return judge, {"reserve": reserve, "scaling": scaling.kind, "cross_entropy": left_out.to_dict(), "method": method, "left_out": compared.T.to_dict()}
@@ -178,10 +198,12 @@ def dismiss_drug(judge: Judge, k_code: str) -> Judge:
         raise PillSnapError(f"{k_code} is not an enrolled drug: {suggest(k_code, judge.names[len(judge.classes):]) if judge.names[len(judge.classes):] else 'there are none'}")
     return replace(judge, gallery=dismiss(judge.gallery, k_code))
 
-# %% ../nbs/03ef_judge.ipynb #51d5c925
+# %% ../nbs/03ef_judge.ipynb #4a5a9f2a
 def fuse(front: Reading, back: Reading) -> Reading:
     "Join two photos of the same pills."
-    return replace(front, log_p=log_softmax(front.log_p + back.log_p), score=(front.score + back.score) / 2, similar=np.maximum(front.similar, back.similar), near=np.maximum(front.near, back.near))
+    place, cosine = np.concatenate([front.place, back.place], 1), np.concatenate([front.cosine, back.cosine], 1)
+    order = np.argsort(-cosine, axis=1, kind="stable")[:, : front.place.shape[1]]
+    return replace(front, log_p=log_softmax(front.log_p + back.log_p), score=(front.score + back.score) / 2, near=np.maximum(front.near, back.near), place=np.take_along_axis(place, order, 1), cosine=np.take_along_axis(cosine, order, 1))
 
 # %% ../nbs/03ef_judge.ipynb #de95134b
 def allow(reading: Reading, k_codes: Collection[str]) -> Reading:
@@ -223,7 +245,7 @@ def plain_imprint(text: Any) -> str:
     "Reduce an imprint to what can be compared."
     return "".join(c for c in str(text or "").upper().translate(ALIKE) if c.isalnum()) if text == text else ""
 
-# %% ../nbs/03ef_judge.ipynb #36020f05
+# %% ../nbs/03ef_judge.ipynb #3e4cb159
 def agree(hint: Hint, drug: Mapping[str, Any]) -> float:  # log-likelihood, 0 at best
     "Say how well a drug of the registry agrees with a hint; what the registry does not know speaks neither way."
     def text(field: str) -> str:
@@ -237,9 +259,9 @@ def agree(hint: Hint, drug: Mapping[str, Any]) -> float:  # log-likelihood, 0 at
     if hint.colour and colours:
         odds.append(float(any(hint.colour in c or c in hint.colour for c in colours)))
     prints = [p for p in (plain_imprint(drug.get("print_front")), plain_imprint(drug.get("print_back"))) if p]
-    if wanted := plain_imprint(hint.imprint):
+    if (wanted := plain_imprint(hint.imprint)) and drug:
         odds.append(max((SequenceMatcher(None, wanted, p, False).ratio() for p in [*prints, "".join(prints)]), default=0.0))
-    if hint.line is not None:
+    if hint.line is not None and drug:
         odds.append(float(hint.line == bool(text("line_front") or text("line_back"))))
     return float(sum(np.log(MISMATCH + (1 - MISMATCH) * o) for o in odds))
 
@@ -249,10 +271,10 @@ def weigh(reading: Reading, hint: Hint, registry: pd.DataFrame) -> Reading:  # r
     known = registry[~registry.index.duplicated()].to_dict("index")
     return replace(reading, log_p=log_softmax(reading.log_p + np.array([agree(hint, known.get(name, {})) for name in reading.names])))
 
-# %% ../nbs/03ef_judge.ipynb #796ead64
+# %% ../nbs/03ef_judge.ipynb #ec3024c3
 def save_judge(path: Path, judge: Judge, **more: Any) -> None:
     "Write a judge, whole or not at all."
-    plain = {name: getattr(judge, name) for name in ("classes", "coverage", "least", "method", "threshold", "worth", "near")} | {"scaling": judge.scaling.kind, "more": more}
+    plain = {name: getattr(judge, name) for name in ("classes", "coverage", "least", "method", "threshold", "worth", "near", "weights")} | {"scaling": judge.scaling.kind, "more": more}
     arrays = {"factor": judge.scaling.factor, "offset": judge.scaling.offset}
     if judge.gallery:
         plain |= {"names": judge.gallery.names, "pictures": judge.gallery.pictures}
@@ -263,10 +285,11 @@ def save_judge(path: Path, judge: Judge, **more: Any) -> None:
         with open(part, "wb") as file:
             np.savez(file, **arrays, plain=np.frombuffer(json.dumps(plain, ensure_ascii=False).encode(), np.uint8))
 
-# %% ../nbs/03ef_judge.ipynb #13d527a9
+# %% ../nbs/03ef_judge.ipynb #bda0e9cc
 def load_judge(
     path: Path,
     classes: Sequence[str] | None = None,  # that it must have
+    weights: str = "",  # hash of the weights that it must have been fitted to; "": any
 ) -> Judge:
     "Read a judge; raises PillSnapError for a file that is none, or one of other drugs."
     try:
@@ -276,9 +299,11 @@ def load_judge(
         scaling = Scaling(plain["scaling"], arrays["factor"], arrays["offset"])
         gallery = Gallery(unit(arrays["gallery"]), arrays["drugs"], plain["names"], plain["pictures"]) if "gallery" in arrays else None
         residual = Residual(arrays["residual_origin"], arrays["residual_directions"], float(arrays["residual_factor"])) if "residual_origin" in arrays else None
-        judge = Judge(plain["classes"], scaling, plain["coverage"], plain["least"], plain["method"], plain["threshold"], gallery, residual, tuple(plain["worth"]), plain["near"])
-    except (OSError, ValueError, KeyError, EOFError) as e:
+        judge = Judge(plain["classes"], scaling, plain["coverage"], plain["least"], plain["method"], plain["threshold"], gallery, residual, tuple(plain["worth"]), plain["near"], plain["weights"])
+    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as e:
         raise PillSnapError(f"{path} is not a judge: {e}; evaluate the run again") from None
     if classes is not None and judge.classes != list(classes):
         raise PillSnapError(f"{path} knows {len(judge.classes)} drugs, the model {len(classes)}, or others: evaluate the run again")
+    if weights and judge.weights != weights:
+        raise PillSnapError(f"{path} was fitted to other weights ({judge.weights or 'none'}) than the run has now ({weights}): evaluate the run again")
     return judge

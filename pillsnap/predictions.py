@@ -7,7 +7,7 @@ __all__ = ['MAY_CHANGE', 'POOL', 'MOST_DAMAGED', 'Predictions', 'CoveredPills', 
            'open_run', 'name_picture', 'some_of_each', 'with_judge', 'Trust', 'find_strangers', 'manifest_strangers',
            'measure_trust', 'cut_test_pill']
 
-# %% ../nbs/04d_predictions.ipynb #4e3bc47c
+# %% ../nbs/04d_predictions.ipynb #e70b7c0f
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +23,7 @@ from .core import Parameters, PillSnapError, Stage, open_roots, parse_overrides,
 from .data import Photos, PillDataset, stage_batches
 from .judge import Judge, Outputs, Reading, fit_judge, save_judge, trusting
 from .manifest import Manifest, load_manifest
-from .pipeline import is_smoke
+from .pipeline import hash_file, is_smoke
 from .preprocess import Preprocess, cover_pill
 from .train import classifier_pills
 from .trees import SMOKE
@@ -61,7 +61,7 @@ class RelaidPills(PillDataset):
     def cut(self, photo: np.ndarray, box: list[float], row: int) -> np.ndarray:
         return self.relay(photo, box, row, self.pre.margin, self.pre.size, (0.0, 0.0), np.random.default_rng([11, row]))
 
-# %% ../nbs/04d_predictions.ipynb #5fd541e5
+# %% ../nbs/04d_predictions.ipynb #16609e10
 @dataclass(frozen=True)
 class Evaluated:
     "A run with its best weights, ready to predict."
@@ -92,7 +92,7 @@ class Evaluated:
         reading, labels = self.judge.read(found.logits, found.features), found.labels
         p = np.exp(reading.log_p)
         top = np.argsort(-p, axis=1)[:, :5]
-        answers = {"pred": top[:, 0], "confidence": p.max(1), "right": top[:, 0] == labels, "right5": (top == labels[:, None]).any(1), "known": reading.score >= self.judge.threshold}
+        answers = {"pred": top[:, 0], "confidence": p.max(1), "right": top[:, 0] == labels, "right5": (top == labels[:, None]).any(1), "known": self.judge.knows(reading)}
         return Predictions(pills.iloc[found.rows].assign(**answers).reset_index(drop=True), p, score(reading.log_p, labels), len(found.skipped), reading, softmax(found.logits))
 
 # %% ../nbs/04d_predictions.ipynb #b42029ce
@@ -118,7 +118,7 @@ def open_run(run: Path, plan: Parameters) -> Evaluated:
     roots = plan.roots or open_roots(os.pathsep.join(record["roots"]))
     return Evaluated(run, evaluation_stage(Stage(**record["stage"]), plan), manifest, roots, model, meta["pre"], device, trusting(manifest.classes))
 
-# %% ../nbs/04d_predictions.ipynb #4faa75a5
+# %% ../nbs/04d_predictions.ipynb #025d5766
 POOL = 24  # training pills of a drug that the gallery chooses from
 
 
@@ -143,10 +143,11 @@ def with_judge(evaluated: Evaluated) -> Evaluated:
     last = evaluated.model.get_classifier()
     weight, bias = (value.detach().float().cpu().numpy() for value in (last.weight, last.bias))
     judge, chosen = fit_judge(*outputs, evaluated.manifest.classes, weight, bias)
+    judge = replace(judge, weights=hash_file(evaluated.run / "best.safetensors"))
     save_judge(evaluated.run / "judge.npz", judge, manifest_hash=evaluated.manifest.hash)
     return replace(evaluated, judge=judge, chosen=chosen)
 
-# %% ../nbs/04d_predictions.ipynb #348a59ea
+# %% ../nbs/04d_predictions.ipynb #f4abbccc
 MOST_DAMAGED = 200  # test pills that are damaged step by step
 
 
@@ -166,7 +167,7 @@ def find_strangers(evaluated: Evaluated) -> dict[str, tuple[Reading, Sequence[An
         seen = evaluated.see(own)
         found["drugs outside the class list"] = judge.read(seen.logits, seen.features), own.k_code.iloc[seen.rows].tolist()
     if is_smoke(evaluated.roots):
-        found |= {kind: (judge.read(*evaluated.classify(crops)), drugs) for kind, (crops, drugs) in draw_strangers(len(evaluated.manifest.classes), SMOKE.seed, evaluated.pre).items()}
+        found |= {kind: (judge.read(*evaluated.classify(crops)), drugs) for kind, (crops, drugs) in draw_strangers(SMOKE.drugs, SMOKE.seed, evaluated.pre).items()}
     nothing = draw_nothing(evaluated.pre)
     return found | {"no pill": (judge.read(*evaluated.classify(nothing)), range(len(nothing)))}
 

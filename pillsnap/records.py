@@ -160,7 +160,7 @@ def unfinished(settings: Settings) -> list[Path]:
     "List the runs that could go on and do not."
     return [run for path in sorted((settings.work / "runs").glob("*/*/run.json")) if run_state(run := path.parent) != "end" and not is_alive(run)]
 
-# %% ../nbs/03eb_records.ipynb #e2286e99
+# %% ../nbs/03eb_records.ipynb #0c421ad3
 KEPT = {"raw": "their pixels", "jpeg": "JPEG", "off": "nothing: every photo is decoded in every epoch"}
 
 
@@ -177,7 +177,7 @@ def describe_batch(run: Path, stage: dict[str, Any]) -> str:
     if not (run / "batch.json").exists():
         return str(stage["batch"])
     plan = read_json(run / "batch.json")
-    tried = f"; {plan['limit']} pills of {stage['size']} px fit on the device" if plan["limit"] else ""
+    tried = f"; at least {plan['limit']} pills of {stage['size']} px fit on the device" if plan["limit"] else ""
     return f"{plan['batch']} in {plan['parts']} part{'s' * (plan['parts'] > 1)}{tried}"
 
 # %% ../nbs/03eb_records.ipynb #3f398825

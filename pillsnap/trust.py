@@ -65,7 +65,7 @@ def draw_nothing(pre: Preprocess, number: int = 64, seed: int = 5) -> np.ndarray
     stock, rng = draw_kinds(list(DRAWN), seed), np.random.default_rng(seed)
     return np.stack([take_patch(stock, pre.size, rng) for _ in range(number)])
 
-# %% ../nbs/04c_trust.ipynb #e5c57143
+# %% ../nbs/04c_trust.ipynb #0447f1c0
 def trust_metrics(
     judge: Judge,
     reading: Reading,  # of the test pills
@@ -75,7 +75,7 @@ def trust_metrics(
 ) -> dict[str, Any]:
     "Measure what confidence, sets and threshold are worth on pills of known drugs."
     p, n = np.exp(reading.log_p), len(labels)
-    right, known, ones = p.argmax(1) == labels, reading.score >= judge.threshold, np.ones(n)
+    right, known, ones = p.argmax(1) == labels, judge.knows(reading), np.ones(n)
     sets = prediction_sets(p, judge.least)
     holds = np.array([label in held for label, held in zip(labels, sets)], float)
     curve = coverage_curve(p.max(1), right)
@@ -119,7 +119,7 @@ def plot_unknown(judge: Judge, known: Reading, strangers: Mapping[str, tuple[Rea
         ax.legend(fontsize=7)
     return figure
 
-# %% ../nbs/04c_trust.ipynb #e8710182
+# %% ../nbs/04c_trust.ipynb #c7f2b9f2
 def pair_sides(pills: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:  # places of fronts, places of their backs
     "Find the pills that were photographed from both sides under one light and angle."
     place = pd.Series(np.arange(len(pills)), index=pd.MultiIndex.from_frame(pills[["k_code", "back", "light", "latitude", "longitude", "side"]]))
@@ -132,16 +132,15 @@ def side_metrics(reading: Reading, labels: np.ndarray, fronts: np.ndarray, backs
     "Compare one photo of a pill with two."
     if not len(fronts):
         return {}
-    take = lambda rows: Reading(reading.names, reading.log_p[rows], reading.score[rows], reading.own[rows], reading.similar[rows], reading.near[rows])
-    both, truth, drawn = fuse(take(fronts), take(backs)), labels[fronts], np.asarray(clusters)[fronts]
+    both, truth, drawn = fuse(reading.take(fronts), reading.take(backs)), labels[fronts], np.asarray(clusters)[fronts]
     one = (reading.log_p[fronts].argmax(1) == truth).astype(float) / 2 + (reading.log_p[backs].argmax(1) == truth) / 2
     two = both.log_p.argmax(1) == truth
     return {"side_pairs": len(fronts), "one_side_top1": float(one.mean()), "two_sides_top1": float(two.mean()), "two_sides_top1_interval": share(two, np.ones(len(two)), drawn)[1]}
 
-# %% ../nbs/04c_trust.ipynb #b755a82e
+# %% ../nbs/04c_trust.ipynb #4f27801b
 def jpeg(crop: np.ndarray, quality: int) -> np.ndarray:
     "Compress and decode."
-    return cv2.imdecode(cv2.imencode(".jpg", crop, [cv2.IMWRITE_JPEG_QUALITY, quality])[1], cv2.IMREAD_COLOR)
+    return cv2.imdecode(cv2.imencode(".jpg", crop[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1], cv2.IMREAD_COLOR)[..., ::-1]
 
 
 def turn(crop: np.ndarray, degrees: float) -> np.ndarray:
@@ -193,11 +192,11 @@ def measure_damage(
             rows.append({"kind": kind, "unit": unit, "step": number, "amount": float(amount)} | damage_row(classify, judge, hurt, labels, clusters))
     return pd.DataFrame(rows)
 
-# %% ../nbs/04c_trust.ipynb #c32f6986
+# %% ../nbs/04c_trust.ipynb #e3c3315a
 def damage_row(classify: Classify, judge: Judge, crops: np.ndarray, labels: np.ndarray, clusters: Sequence[Any]) -> dict[str, float]:
     "Classify and judge some crops."
     reading = judge.read(*classify(crops))
-    right, known = reading.log_p.argmax(1) == labels, reading.score >= judge.threshold
+    right, known = reading.log_p.argmax(1) == labels, judge.knows(reading)
     top1, (low, high) = share(right, np.ones(len(labels)), clusters)
     return {"top1": top1, "low": low, "high": high, "accepted": float(known.mean()), "wrong_accepted": float((known & ~right).mean())}
 
@@ -216,7 +215,7 @@ def plot_damage(table: pd.DataFrame) -> Figure:
     axes[0].legend(fontsize=7)
     return figure
 
-# %% ../nbs/04c_trust.ipynb #b8d8756b
+# %% ../nbs/04c_trust.ipynb #f46fbe75
 def show_evidence(
     judge: Judge,
     reading: Reading,
@@ -227,11 +226,10 @@ def show_evidence(
 ) -> Figure:
     "Show pills, what is said about them, and the gallery pills that are nearest."
     pictures, titles, bad = [], [], []
-    verdicts = judge.decide(reading)
-    for i in pills:
-        verdict = verdicts[i]
+    for i, verdict in zip(pills, judge.decide(reading.take(list(pills)))):
         said = f"{verdict.top[0][0]} {verdict.top[0][1]:.2f}" if verdict.known else "unknown"
-        pictures += [crops[i], *(find(picture) for _, picture, _ in verdict.evidence)]
-        titles += [f"is {truth[i]}\nsaid {said}", *(f"{code}\n{cosine:.2f}" for code, _, cosine in verdict.evidence)]
-        bad += [verdict.known and verdict.top[0][0] != truth[i], *([False] * len(verdict.evidence))]
+        seen = [(code, picture, cosine) for code, picture, cosine in verdict.evidence if picture]
+        pictures += [crops[i], *(find(picture) for _, picture, _ in seen)]
+        titles += [f"is {truth[i]}\nsaid {said}", *(f"{code}\n{cosine:.2f}" for code, _, cosine in seen)]
+        bad += [verdict.known and verdict.top[0][0] != truth[i], *([False] * len(seen))]
     return image_grid(pictures, titles, 8, side=1.3, bad=bad)

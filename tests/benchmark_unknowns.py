@@ -58,7 +58,7 @@ def interval(right, pills):
 def measure_unknown(evaluated, test, strange):
     "Compare the scores on the same pills."
     judge = evaluated.judge
-    seen = [see(judge.scaling(logits) if name == "softmax" else logits, features, judge.gallery) for name in ("raw",) for logits, features, _ in (test, strange)]
+    seen = [see(logits, features, judge.gallery) for logits, features, _ in (test, strange)]
     rows = []
     for name, of in SCORES.items():
         known, unknown = (of(part, judge.residual) for part in seen)
@@ -107,8 +107,7 @@ def measure_hints(evaluated, test, strange, registry):
         for (logits, features, pills), answers in ((test, right), (strange, taken)):
             reading = judge.read(logits, features)
             for i, k_code in enumerate(pills.k_code):
-                one = replace(reading, **{field: getattr(reading, field)[i : i + 1] for field in ("log_p", "score", "own", "similar", "near")})
-                [verdict] = judge.decide(weigh(one, make(registry.loc[k_code]), registry))
+                [verdict] = judge.decide(weigh(reading.take([i]), make(registry.loc[k_code]), registry))
                 answers.append(verdict.top[0][0] == k_code if answers is right else verdict.known)
         rows[name] = {"known drugs named": interval(np.array(right), test[2]), "unknown drugs accepted": interval(np.array(taken), strange[2])}
     return pd.DataFrame(rows).T

@@ -75,6 +75,7 @@ def test_a_batch_that_does_not_fit_goes_through_in_parts(found):
     assert eased["losses"][-1] < eased["losses"][0]
 
 
+@pytest.mark.slow
 def test_a_batch_far_too_large_is_halved_as_well(found):
     eased = limited("train", 6 * found)
     assert eased["parts"] == 4 and eased["halved"] >= 1 and eased["step"] >= 6
