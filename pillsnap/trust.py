@@ -119,13 +119,14 @@ def plot_unknown(judge: Judge, known: Reading, strangers: Mapping[str, tuple[Rea
         ax.legend(fontsize=7)
     return figure
 
-# %% ../nbs/04c_trust.ipynb #c7f2b9f2
+# %% ../nbs/04c_trust.ipynb #f33319de
 def pair_sides(pills: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:  # places of fronts, places of their backs
-    "Find the pills that were photographed from both sides under one light and angle."
-    place = pd.Series(np.arange(len(pills)), index=pd.MultiIndex.from_frame(pills[["k_code", "back", "light", "latitude", "longitude", "side"]]))
-    front, other = (place[place.index.get_level_values("side") == side].droplevel("side") for side in (0, 1))
-    both = front[~front.index.duplicated()].to_frame("front").join(other[~other.index.duplicated()].rename("other"), how="inner")
-    return both.front.to_numpy(), both.other.to_numpy()
+    "Pair each drug's photos of the front with those of its back, under one light; the angles differ, as they do when a person takes two photos."
+    place = pills[["k_code", "light", "side"]].assign(place=np.arange(len(pills)))
+    place["turn"] = place.groupby(["k_code", "light", "side"]).cumcount()
+    front, other = (place[place.side == side].drop(columns="side") for side in (0, 1))
+    both = front.merge(other, on=["k_code", "light", "turn"], suffixes=("", "_other"))
+    return both.place.to_numpy(), both.place_other.to_numpy()
 
 
 def side_metrics(reading: Reading, labels: np.ndarray, fronts: np.ndarray, backs: np.ndarray, clusters: Sequence[Any]) -> dict[str, Any]:  # empty without pairs

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from pillsnap.predictions import open_run, with_judge
-from pillsnap.aihub import read_photo
+from pillsnap.aihub import photo_sources, read_photo
 from pillsnap.calibration import coverage_at, coverage_curve
 from pillsnap.index import ensure_index
 from pillsnap.inspection import inspect
@@ -116,8 +116,12 @@ def measure_hints(evaluated, test, strange, registry):
 def measure_photos(evaluated, folder, test):
     "Show pills of real phone photos, none of which is a drawn drug."
     index = ensure_index([folder], load_settings())
-    found = inspect(index.tables, index.roots, np.arange(len(index.tables.images)), store=index.store).pills
-    crops = [evaluated.pre.cut(read_photo(folder / image), box) for image, rows in found.groupby("image") for box in rows[list("xywh")].to_numpy(float)]
+    rows = np.arange(len(index.tables.images))
+    seen = inspect(index.tables, index.roots, rows, store=index.store)
+    crops = []
+    for row, own in seen.pills.groupby("row"):
+        photo = read_photo(photo_sources(index.tables.images, index.roots, [row])[0])
+        crops += [evaluated.pre.cut(photo, box) for box in own[list("xywh")].to_numpy(float)]
     real, known = evaluated.judge.read(*evaluated.classify(np.stack(crops))), evaluated.judge.read(*test[:2])
     return f"{len(crops)} pills of real phone photos: AUROC {auroc(known.score, real.score):.3f}, {(real.score >= evaluated.judge.threshold).mean():.3f} accepted"
 
