@@ -120,7 +120,7 @@ def measure_photos(evaluated, folder, test):
     seen = inspect(index.tables, index.roots, rows, store=index.store)
     crops = []
     for row, own in seen.pills.groupby("row"):
-        photo = read_photo(photo_sources(index.tables.images, index.roots, [row])[0])
+        photo = read_photo(photo_sources(index.tables.images.iloc[[row]], index.roots)[0])
         crops += [evaluated.pre.cut(photo, box) for box in own[list("xywh")].to_numpy(float)]
     real, known = evaluated.judge.read(*evaluated.classify(np.stack(crops))), evaluated.judge.read(*test[:2])
     return f"{len(crops)} pills of real phone photos: AUROC {auroc(known.score, real.score):.3f}, {(real.score >= evaluated.judge.threshold).mean():.3f} accepted"
