@@ -95,7 +95,8 @@ def measure_sides(evaluated, test):
 def say(drug, wrong=""):
     "What a caller could say of a drug; `wrong`: a field of which something else is said."
     said = {"shape": drug["shape"], "colour": str(drug["colour1"])}
-    return Hint(**said | ({wrong: {"shape": "육각형", "colour": "연두"}[wrong]} if wrong else {}))
+    others = {"shape": ("원형", "장방형"), "colour": ("하양", "노랑")}  # that other drugs have
+    return Hint(**said | ({wrong: next(x for x in others[wrong] if x != said[wrong])} if wrong else {}))
 
 
 def measure_hints(evaluated, test, strange, registry):
