@@ -279,7 +279,7 @@ def evaluate_framing(evaluated: Evaluated) -> pd.DataFrame | None:  # None where
     pills = classifier_pills(evaluated.manifest, "test")
     return measure_framing(evaluated.classify, evaluated.judge, evaluated.pre, pills, evaluated.roots)
 
-# %% ../nbs/05_evaluate.ipynb #9dd96636
+# %% ../nbs/05_evaluate.ipynb #32c50ca9
 def evaluate_run(run: Path, plan: Parameters) -> Evaluation:
     "Measure a run once, and write its part of the metrics; raises PillSnapError if there is no test pill."
     evaluated = with_judge(open_run(run, plan))
@@ -303,7 +303,7 @@ def tidy(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [tidy(v) for v in value]
     if isinstance(value, (float, np.floating)):
-        return None if np.isnan(value) else round(float(value), 5)
+        return round(float(value), 5) if np.isfinite(value) else None
     return int(value) if isinstance(value, np.integer) else value
 
 # %% ../nbs/05_evaluate.ipynb #89bfb629
@@ -343,7 +343,7 @@ def step_table(result: Evaluation) -> pd.DataFrame | str:  # index: step
     times = result.times.round(1).rename(index=lambda step: f"time: {step}")
     return pd.concat([pd.DataFrame(shares).T, times]).astype(object).fillna("")
 
-# %% ../nbs/05_evaluate.ipynb #4a57e8b6
+# %% ../nbs/05_evaluate.ipynb #3247edb4
 def trust_table(result: Evaluation) -> pd.DataFrame:  # index: what; value, 95 % interval
     "Say what confidence is worth, in words."
     m = result.metrics
@@ -354,9 +354,9 @@ def trust_table(result: Evaluation) -> pd.DataFrame:  # index: what; value, 95 %
     if "unknown_auroc" in m:
         rows |= {f"unknown drugs, AUROC ({m['unknown_method']})": m["unknown_auroc"], "unknown drugs accepted where 95 % of the known are": m["unknown_far95"]}
     if "side_pairs" in m:
-        rows |= {"one photo of a pill": m["one_side_top1"], "two photos of a pill": m["two_sides_top1"]}
+        rows |= {f"one photo of a pill ({m['side_pairs']} pairs)": m["one_side_top1"], "two photos of a pill": m["two_sides_top1"]}
     rows["wrong and accepted, at worst, under damage"] = m["damage_wrong_accepted"]
-    return pd.DataFrame({name: {"value": value, "95 % interval": f"{m[spans[name]][0]:.3f} to {m[spans[name]][1]:.3f}" if name in spans and m[spans[name]][0] is not None else ""} for name, value in rows.items()}).T
+    return pd.DataFrame({name: {"value": value if isinstance(value, str) else f"{value:.3f}", "95 % interval": f"{m[spans[name]][0]:.3f} to {m[spans[name]][1]:.3f}" if name in spans and m[spans[name]][0] is not None else ""} for name, value in rows.items()}).T
 
 
 def show_coverage(p: Predictions) -> Figure:

@@ -150,7 +150,7 @@ def fit_reserve(scaled: np.ndarray, features: np.ndarray, gallery: Gallery, labe
     found = np.sort(np.concatenate(margins))[::-1] if margins else np.empty(0)
     return float(max(0.0, found[min(int(lost * pills), len(found) - 1)] + 1e-6)) if len(found) else 0.0
 
-# %% ../nbs/03ef_judge.ipynb #78833361
+# %% ../nbs/03ef_judge.ipynb #9d791463
 def add_missing(train: Outputs, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # features, labels
     "Add, for drugs without a training pill, the direction that the last layer looks for."
     missing = np.setdiff1d(np.arange(len(weight)), train.labels)
@@ -165,7 +165,8 @@ def fit_judge(
     bias: np.ndarray,  # (classes,)
     coverage: float = 0.95,
     accepted: float = 0.95,  # share of the known validation pills that count as known
-    method: str = "",  # of SCORES; "" chooses by the drugs left out
+    method: str = "",  # of SCORES; "" chooses
+    strange: tuple[np.ndarray, np.ndarray] | None = None,  # logits and features of pills of other drugs, to choose on; None: by the drugs left out in turn
 ) -> tuple[Judge, dict[str, Any]]:  # the judge; how it was chosen
     "Fit a judge; raises PillSnapError without a validation pill."
     if not len(val.labels):
@@ -174,15 +175,15 @@ def fit_judge(
     residual = fit_residual(train.features, train.logits, weight, bias)
     scaling, left_out, apart = choose_scaling(val.logits, val.labels)
     scaled, known = scaling(val.logits), see(val.logits, val.features, gallery)
-    compared = compare_scores(known, leave_out(known, val.labels), residual)
-    method, p = method or next(name for name in compared.index if name in JUDGED), np.exp(log_softmax(apart))
+    compared = compare_scores(known, see(*strange, gallery) if strange else leave_out(known, val.labels), residual)
+    method, p = method or next(name for name in compared.index if strange or name in JUDGED), np.exp(log_softmax(apart))
     coverage = min(coverage, np.floor(100 * len(p) / (len(p) + 1)) / 100)  # of few pills nobody can promise more
     own = known.similar[np.arange(len(val.labels)), val.labels]
     slope, offset = fit_worth(scaled, known.similar, val.labels)
     reserve = fit_reserve(scaled, val.features, gallery, val.labels, (slope, offset))
     judge = Judge(list(classes), scaling, coverage, fit_sets(p, val.labels, coverage), method, threshold_for(SCORES[method](known, residual), accepted), gallery, residual,
                   (slope, offset - reserve), threshold_for(own, accepted))
-    return judge, {"reserve": reserve, "scaling": scaling.kind, "cross_entropy": left_out.to_dict(), "method": method, "left_out": compared.T.to_dict()}
+    return judge, {"reserve": reserve, "scaling": scaling.kind, "cross_entropy": left_out.to_dict(), "method": method, "chosen_on": "other drugs" if strange else "drugs left out in turn", "compared": compared.T.to_dict()}
 
 # %% ../nbs/03ef_judge.ipynb #47c2df6f
 def enrol_drug(judge: Judge, k_code: str, features: np.ndarray, pictures: Sequence[str]) -> Judge:  # features (n, d) of its photos
