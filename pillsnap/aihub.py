@@ -188,14 +188,14 @@ def column_table(values: Mapping[str, Any], columns: Mapping[str, str], n: int) 
         return np.full(n, value, dtype) if np.isscalar(value) else np.asarray(value, dtype)
     return pd.DataFrame({name: column(values[name], dtype) for name, dtype in columns.items()}, copy=False)
 
-# %% ../nbs/00c_aihub.ipynb #db83d245
+# %% ../nbs/00c_aihub.ipynb #72188402
 REMEDIES = {
     "name": "rename it to the capture form in UTF-8 (convmv -f cp949 -t utf8), or keep it out of the tree", "index picture": "none needed: overview pictures are never used",
     "no label": "add its label file, or ignore the photo", "no photo": "add the photo, or remove the label", "label": "replace the label file",
     "box": "correct the bbox in the label", "loose box": "look at it and correct the bbox in the label", "cp949": "none needed: it was read as cp949; UTF-8 is what the rest is in",
     "incomplete tray": "add the missing label files; until then it serves neither training nor scoring of a detector",
     "wrong code": "correct dl_mapping_code or the file name", "double": "none needed: it is counted once", "photo": "replace the damaged photo",
-    "size": "replace the photo by the original: its label's box is for another size", "zip": "get the archive again, or unpack it; what could be read of it is used",
+    "size": "replace the photo by the original: its label's box is for another size", "excluded": "none needed: a person left it out; change its line in that list to take it back", "zip": "get the archive again, or unpack it; what could be read of it is used",
     "data.yaml": "correct data.yaml; what could be read was used", "unreadable": "mend the link, the permission or the disk; nothing of it was read"}
 LISTED = 20  # files of one folder that lack something or lie twice and are listed one by one; a whole volume without labels is not a million rows
 

@@ -66,11 +66,11 @@ def build_classifier(
         model.reset_classifier(classes)  # timm keeps the old head where the numbers of classes happen to be equal
     return model
 
-# %% ../nbs/03c_classifier.ipynb #adf14487
+# %% ../nbs/03c_classifier.ipynb #29bb0a8b
 def model_preprocess(stage: Stage) -> Preprocess:
     "Give the preprocessing the stage's model expects: its size and margin, the weights' mean and std."
     cfg = timm.get_pretrained_cfg(stage.model)
-    return Preprocess(stage.size, stage.margin, tuple(cfg.mean), tuple(cfg.std))
+    return Preprocess(stage.size, stage.margin, tuple(cfg.mean), tuple(cfg.std), stage.clahe)
 
 
 @cache

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['FROZEN', 'V2_S', 'V2_L', 'GPU', 'STAGES', 'AT_MOST', 'FULLEST', 'PillSnapError', 'suggest', 'number', 'choice',
            'SampleFields', 'ClassifierFields', 'MethodFields', 'DetectorFields', 'Stage', 'stage_table', 'field_table',
-           'parse_overrides', 'split_words', 'parse_gates', 'get_stage', 'find_project', 'Settings', 'load_settings',
-           'open_roots', 'data_roots', 'disk_errors', 'check_space', 'disk_room', 'sync_folder', 'sync_file',
-           'atomic_path', 'write_json', 'read_json', 'atomic_folder', 'show_work', 'show_line', 'display_text',
-           'content_hash', 'lock', 'new_run', 'git_state', 'installed_versions', 'describe_run', 'append_event',
-           'parse_event', 'read_events', 'tail_events', 'epoch_line', 'run_state', 'list_runs', 'find_run',
-           'write_metrics', 'read_metrics', 'injected_names', 'exported_source', 'stale_modules', 'Parameters',
-           'read_parameters', 'pick_device', 'count_workers']
+           'parse_overrides', 'split_words', 'parse_gates', 'get_stage', 'broken_rules', 'find_project', 'Settings',
+           'load_settings', 'open_roots', 'data_roots', 'disk_errors', 'check_space', 'disk_room', 'sync_folder',
+           'sync_file', 'atomic_path', 'write_json', 'read_json', 'atomic_folder', 'show_work', 'show_line',
+           'display_text', 'content_hash', 'lock', 'new_run', 'git_state', 'installed_versions', 'describe_run',
+           'append_event', 'parse_event', 'read_events', 'tail_events', 'epoch_line', 'run_state', 'list_runs',
+           'find_run', 'write_metrics', 'read_metrics', 'injected_names', 'exported_source', 'stale_modules',
+           'Parameters', 'read_parameters', 'pick_device', 'count_workers']
 
 # %% ../nbs/00_core.ipynb #ee95ef21
 import ast
@@ -84,7 +84,7 @@ def choice(default: Any, note: str, pattern: str | None = None) -> Any:
     "Describe one field that is a name, a switch or a choice."
     return Field(default, description=note, pattern=pattern, json_schema_extra={"unit": ""})
 
-# %% ../nbs/00_core.ipynb #a3e12f2f
+# %% ../nbs/00_core.ipynb #7573a673
 FROZEN = {"frozen": True, "config": ConfigDict(extra="forbid", protected_namespaces=())}
 
 
@@ -98,12 +98,16 @@ class SampleFields:
     classes: int = number(12, "drugs", 2, 10_000, "drugs in the class list, exactly")
     tray_share: float = number(0.05, "fraction", 0, 1, "share of the photos that are trays, as far as they exist")
     allow_short: bool = choice(False, "take what there is where the data cannot give the counts")
-    split: Literal["condition", "photo", "session"] = choice("condition", "what the test split holds out")
-    train_session: str = choice("", "split=session: a regular expression; photos whose name it matches train")
+    split: Literal["condition", "photo", "session", "mixed"] = choice("condition", "what the test split holds out; mixed: of studio photos a condition, of phone photos a session or photos")
+    train_session: str = choice("", "split=session or mixed: a regular expression; photos whose name it matches train")
+    allow: str = choice("", "CSV of the drugs to learn: k_code, and perhaps uses (of which the first `classes` count) and weight (how often a drug is drawn)")
+    least_images: int = number(0, "photos", 0, 100_000, "photos that each drug must have, or `allow_short`")
+    phone_share: float = number(0, "fraction", 0, 1, "split=mixed: share of the training crops that are phone photos, by drawing them more often; 0: as they come")
+    exclude: str = choice("", "CSV of suspected photos, as `pillsnap run labels` writes it: those marked `exclude` are left out and counted")
     fold: int = number(0, "of 5", 0, 4, "split=photo: which fifth of the photos is the test split")
     seed: int = number(7, "", 0, 2**31 - 1, "seed of the weights, the order and the augmentation; the sample has none")
 
-# %% ../nbs/00_core.ipynb #d2767562
+# %% ../nbs/00_core.ipynb #27cfd9a3
 @dataclass(**FROZEN)
 class ClassifierFields(SampleFields):
     "How the classifier is trained."
@@ -112,6 +116,7 @@ class ClassifierFields(SampleFields):
     weights: str = choice("", "local file of pretrained weights, instead of the hub")
     size: int = number(96, "px", 32, 1024, "side of the classifier's input")
     margin: float = number(0.1, "of box side", 0, 1, "context around the box on each side, as evaluated and served")
+    clahe: float = number(0, "clip limit", 0, 40, "local equalisation of the crop's lightness (CLAHE); 0: off")
     framing: float = number(0.3, "of box side", 0, 3, "widest context that training shows; at least `margin`, or training never sees what is evaluated")
     backgrounds: float = number(0.5, "fraction", 0, 1, "share of the training crops laid on another ground")
     epochs: int = number(20, "epochs", 1, 1000, "passes over the training split")
@@ -162,7 +167,7 @@ class DetectorFields(MethodFields):
     strategy: Literal["classifier", "detector", "sequential", "interleaved"] = choice("sequential", "one model alone, one after the other, or by turns")
     interleave_ratio: float = number(1.0, "epochs", 0.01, 100, "strategy=interleaved: classifier epochs for every detector epoch")
 
-# %% ../nbs/00_core.ipynb #abcbeb32
+# %% ../nbs/00_core.ipynb #4707ff0e
 @dataclass(**FROZEN)
 class Stage(DetectorFields):
     "One row of the stage table: what is sampled, what is trained, what is expected."
@@ -178,13 +183,14 @@ class Stage(DetectorFields):
     wandb: str = choice("", "Weights & Biases project that is told of each epoch; empty: none", r"^[\w.-]*$")
     hours: float = number(0.05, "hours", 0.001, 1000, "training time the stage should need")
     gates: dict[str, float] = Field(default_factory=dict, description="metric → least value, of AT_MOST the largest", json_schema_extra={"unit": ""})
+    floors: dict[str, float] = Field(default_factory=dict, description="metric → value on whose far side the advice is to stop; 70 % of the gate where none is given", json_schema_extra={"unit": ""})
 
     @property
     def key(self) -> str:
         "Name of the stage's outputs: `stage_3`, or `stage_0-pushin` for other data."
         return f"stage_{self.stage}" + (f"-{self.name}" if self.name else "")
 
-# %% ../nbs/00_core.ipynb #4852c045
+# %% ../nbs/00_core.ipynb #ffd3e4cc
 V2_S, V2_L = "tf_efficientnetv2_s.in21k_ft_in1k", "tf_efficientnetv2_l.in21k_ft_in1k"
 GPU = Stage(pretrained=True, lr=5e-4, weight_decay=0.05, batch=64, label_smoothing=0.1, framing=0.5,
             detector="yolo11m", detector_size=640, detector_epochs=50, detector_batch=16, detector_lr=1e-3, detector_patience=15)
@@ -192,18 +198,21 @@ GPU = Stage(pretrained=True, lr=5e-4, weight_decay=0.05, batch=64, label_smoothi
 STAGES = {row.stage: row for row in (
     Stage("0", images=700, classes=12, tray_share=0.17, epochs=40, detector_epochs=9, hours=0.05,
           gates=dict(test_top1=0.95, pipeline_pill_top1=0.95, det_map50=0.90, tray_exact=0.80)),
-    replace(GPU, stage="1", images=5_000, classes=50, model=V2_S, size=224, epochs=20, hours=2,
-            gates=dict(test_top1=0.40, det_map50=0.30)),
+    replace(GPU, stage="1", images=5_000, classes=50, model=V2_S, size=224, epochs=20, hours=2, cap=2,
+            gates=dict(test_top1=0.40, det_map50=0.30, seen_images=1_000, seen_classes=30)),
     replace(GPU, stage="2", base="1", images=25_000, classes=250, model=V2_S, size=288, size_from=224, resize="step", epochs=20, hours=8,
             gates=dict(test_top1=0.60, test_top5=0.80, test_macro_f1=0.55, det_map50=0.50)),
-    replace(GPU, stage="3", base="2", images=100_000, classes=1_000, model=V2_L, size=384, size_from=224, resize="linear", batch=32, epochs=15, hours=16, detector="yolo11x",
-            gates=dict(test_top1=0.85, test_top5=0.95, test_macro_f1=0.80, det_map50=0.75, pipeline_p95_ms=100)),
-    replace(GPU, stage="4", base="3", images=500_000, classes=4_023, model=V2_L, size=384, batch=32, epochs=10, hours=48, detector="yolo11x",
+    replace(GPU, stage="3", base="2", images=100_000, classes=1_000, model=V2_L, size=384, size_from=224, resize="linear", epochs=15, hours=16, detector="yolo11x",
+            gates=dict(test_top1=0.85, test_top5=0.95, test_macro_f1=0.80, det_map50=0.75, pipeline_p95_ms=100), floors=dict(det_map50=0.30)),
+    replace(GPU, stage="4", base="3", images=500_000, classes=4_023, model=V2_L, size=384, epochs=10, hours=48, detector="yolo11x",
             gates=dict(test_top1=0.92, test_top5=0.98, test_macro_f1=0.88, det_map50=0.85, det_map50_95=0.65, pipeline_p95_ms=100)),
+    replace(GPU, stage="narrow", images=40_000, classes=100, split="mixed", phone_share=0.7, least_images=50, model=V2_S, size=512, clahe=2.0, batch=32, epochs=20, hours=8, detector="yolo11x",
+            gates=dict(test_top1=0.85, test_top5=0.95, phone_top1=0.80, det_map50=0.75, onnx_mb=100, classifier_p95_ms=50),
+            floors=dict(test_top1=0.80, test_top5=0.92, phone_top1=0.75, onnx_mb=150, classifier_p95_ms=100, det_map50=0.30)),
 )}
 
-# %% ../nbs/00_core.ipynb #e8825e2c
-AT_MOST = ("train_hours", "pipeline_p95_ms")  # metrics whose gate is an upper limit
+# %% ../nbs/00_core.ipynb #4b8a7c91
+AT_MOST = ("train_hours", "pipeline_p95_ms", "onnx_mb", "classifier_p95_ms")  # metrics whose gate is an upper limit
 
 
 def stage_table(
@@ -265,7 +274,7 @@ def parse_gates(text: str) -> dict[str, str]:
     "Read `metric:value,metric:value`, or `none`."
     return {} if text == "none" else dict(part.partition(":")[::2] for part in text.split(","))
 
-# %% ../nbs/00_core.ipynb #b1d088c9
+# %% ../nbs/00_core.ipynb #9c481b3f
 def get_stage(
     stage: int | str,  # a row of STAGES: 3, "3", "narrow"
     overrides: str = "",  # "epochs=3 lr=1e-3"
@@ -273,11 +282,22 @@ def get_stage(
     "Look a stage up and change fields of it; raises PillSnapError for what is unknown or out of range."
     if str(stage) not in STAGES:
         raise PillSnapError(f"unknown stage {str(stage)!r}: {suggest(str(stage), STAGES)}")
+    given = parse_overrides(overrides)
     try:
-        return replace(STAGES[str(stage)], **parse_overrides(overrides))
+        found = replace(STAGES[str(stage)], **given)
     except ValidationError as e:
         wrong = "; ".join(f"{'.'.join(map(str, x['loc']))}={x['input']!r}: {x['msg']}" for x in e.errors())
         raise PillSnapError(f"stage {stage}: {wrong}") from None
+    if broken := [said for name, said in broken_rules(found).items() if name not in given]:
+        raise PillSnapError(f"stage {stage} of the table breaks a rule: {'; '.join(broken)}")
+    return found
+
+
+def broken_rules(stage: Stage) -> dict[str, str]:  # field → what is wrong
+    "Hold a stage against the one it builds on: it may not have fewer photos, drugs, pixels or pills in a step. Who overrides such a field has decided."
+    base = STAGES.get(stage.base)
+    less = [name for name in ("images", "classes", "size", "detector_size", "batch") if base and getattr(stage, name) < getattr(base, name)]
+    return {name: f"{name}={getattr(stage, name)} is less than the {getattr(base, name)} of stage {stage.base}, which it contains" for name in less}
 
 # %% ../nbs/00_core.ipynb #894c0337
 def find_project() -> Path:  # folder that holds settings.ini, or the current folder for an installed package

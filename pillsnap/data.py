@@ -310,7 +310,7 @@ def open_finished(builder: Builder) -> Cache | None:  # None: not built to the e
     except (OSError, ValueError, EOFError, KeyError, PillSnapError):
         return None
 
-# %% ../nbs/03a_data.ipynb #697394e7
+# %% ../nbs/03a_data.ipynb #a2580b58
 def ensure_cache(
     pills: pd.DataFrame,  # rows of a manifest: root, image, offset, packed, x, y, w, h
     roots: Sequence[Path],
@@ -322,7 +322,7 @@ def ensure_cache(
 ) -> Cache:
     "Return the cache of a table of pills, built or mended as far as that is needed; a second builder waits for the first. Raises PillSnapError if the disk would be more than 85 % full."
     pills, workers = pills.reset_index(drop=True), count_workers(workers)
-    key = content_hash(identity, hash_table(pills[["root", "image", "x", "y", "w", "h"]].astype({"image": str})), asdict(cut))
+    key = content_hash(identity, hash_table(pills[["root", "image", "x", "y", "w", "h"]].astype({"image": str})), asdict(cut), Preprocess.version)
     builder = Builder(pills, roots, cut, settings.work / "cache" / key, reading_order(pills))
     with lock(settings, f"cache-{key}"):
         cache = open_finished(builder)
@@ -404,7 +404,7 @@ class Photos:
 
 TrainingCut = Callable[[np.ndarray, Sequence[float], int, float, int, tuple[float, float], np.random.Generator], np.ndarray]  # picture, box, row, margin, size, shift, rng → crop
 
-# %% ../nbs/03a_data.ipynb #156f37b4
+# %% ../nbs/03a_data.ipynb #71b9444d
 def cut_randomly(
     picture: np.ndarray,  # (h, w, 3) uint8, the photo or what is kept of it
     box: Sequence[float],  # x, y, w, h in px
@@ -422,7 +422,7 @@ def cut_randomly(
     margin = (1 / cover - 1) / 2
     crop = relay(picture, box, key[-1], margin, pre.size, shift, rng) if relay else cut_square(picture, box, margin, pre.size, shift, fast=True)
     transform.set_random_seed(int(rng.integers(2**31)))
-    return transform(image=crop)["image"]
+    return pre.finish(transform(image=crop)["image"])
 
 # %% ../nbs/03a_data.ipynb #5cf678f3
 @dataclass(eq=False)

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['RUNGS', 'interval', 'rung_of', 'climb', 'only_drugs', 'add_same_drugs', 'ladder_table', 'plot_ladder', 'f1_by_drug',
            'test_metrics', 'plot_ranking', 'show_calibration', 'slice_table', 'confused_pairs', 'confusion_counts',
-           'plot_confusions', 'mistakes', 'check_gates', 'background_metrics', 'new_ground_metrics', 'Evaluation',
-           'show_mistakes', 'rung_metrics', 'evaluate_trays', 'evaluate_framing', 'evaluate_run', 'tidy', 'gate_table',
-           'metric_table', 'show_worst_trays', 'show_framing', 'step_table', 'trust_table', 'show_coverage',
-           'show_strangers', 'show_nearest']
+           'plot_confusions', 'mistakes', 'background_metrics', 'new_ground_metrics', 'Evaluation', 'show_mistakes',
+           'rung_metrics', 'evaluate_trays', 'evaluate_framing', 'evaluate_forecast', 'evaluate_run', 'tidy',
+           'gate_table', 'metric_table', 'show_worst_trays', 'show_framing', 'step_table', 'trust_table',
+           'show_coverage', 'show_strangers', 'show_nearest']
 
-# %% ../nbs/05_evaluate.ipynb #9620d766
+# %% ../nbs/05_evaluate.ipynb #2c077df7
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,9 +25,13 @@ from sklearn.metrics import auc, average_precision_score, precision_recall_curve
 from .backgrounds import Relay, ensure_masks, held_grounds
 from .calibration import calibration_bins, coverage_at, coverage_curve, expected_calibration_error
 from .classifier import score
+from .advise import Advice, advise, advice_table, check_gates, check_table, option_table, write_advice
 from .core import AT_MOST, Parameters, PillSnapError, Stage, append_event, read_events, read_metrics, write_metrics
 from .cutouts import read_looks
 from .data import Photos
+from .final import final_table, read_final_test
+from .forecast import Forecast, forecast_metrics, forecast_phone, forecast_table, plot_forecast
+from .index import ensure_index
 from .pipeline import Outcome, measure_framing, measure_pipeline, open_pipeline, plot_framing, run_pipeline, show_worst, test_trays, time_steps
 from .predictions import CoveredPills, Evaluated, Predictions, RelaidPills, Trust, cut_test_pill, measure_trust, name_picture, open_run, with_judge
 from .scores import LOSSES, share
@@ -45,21 +49,21 @@ def interval(
     "Bootstrap the mean of `values` over clusters."
     return share(values, np.ones(len(values)), clusters, draws, seed)[1]
 
-# %% ../nbs/05_evaluate.ipynb #7844fad8
+# %% ../nbs/05_evaluate.ipynb #4ca87f2b
 RUNGS = {  # rung → split, kinds, what it means
     "random frame": ("frame", ("single", "photo"), "neighbours of these photos were trained on: shows the leak of a random split"),
     "unseen condition": ("test", ("single",), "a light and an angle that training has not seen"),
     "unseen photo": ("test", ("photo",), "other photos of the same session: hand, table and hour are shared"),
-    "other session": ("test", ("combination",), "another day, camera and light: tray pills, never trained on"),
-    "phone": ("test", ("phone",), "phone photos by session and person")}
+    "other session": ("test", ("combination",), "another day, camera and light: tray pills, never trained on")}
 
 
 def rung_of(name: str, stage: Stage) -> tuple[str, str, tuple[str, ...]]:  # shown name, split, kinds
-    "Name a rung; photos split by session are another session."
+    "Name a rung; photos split by session are another session, and beside a studio's they are the phones'."
     split, kinds, _ = RUNGS[name]
-    return ("other session" if name == "unseen photo" and stage.split == "session" else name), split, kinds
+    shown = {"session": "other session", "mixed": "phone"}.get(stage.split, name) if name == "unseen photo" else name
+    return shown, split, kinds
 
-# %% ../nbs/05_evaluate.ipynb #db837f85
+# %% ../nbs/05_evaluate.ipynb #2d7ab09a
 def climb(evaluated: Evaluated) -> dict[str, Predictions]:  # rung → predictions, only those the data has
     "Predict every rung; the reading of the test split is counted in the run."
     append_event(evaluated.run, "test_read", manifest_hash=evaluated.manifest.hash)
@@ -69,7 +73,7 @@ def climb(evaluated: Evaluated) -> dict[str, Predictions]:  # rung → predictio
         found = evaluated.predict(classifier_pills(evaluated.manifest, split, kinds))
         if found is not None:
             rungs[shown] = found
-    return add_same_drugs(rungs)
+    return add_same_drugs({name: rungs[name] for name in sorted(rungs, key=lambda name: name == "phone")})  # the highest comes last
 
 
 def only_drugs(p: Predictions, drugs: set[str]) -> Predictions:
@@ -191,12 +195,6 @@ def mistakes(evaluated: Evaluated, p: Predictions, pills: int) -> tuple[list[np.
     crops = [cut_test_pill(evaluated, r) for r in rows.itertuples()]
     return crops, [f"is {r.k_code}\nsaid {classes[r.pred]}\n{r.confidence:.2f}" for r in rows.itertuples()], (~rows.right).tolist()
 
-# %% ../nbs/05_evaluate.ipynb #7fd494d1
-def check_gates(stage: Stage, metrics: dict[str, Any]) -> list[dict[str, Any]]:  # name, value, target, passed; None: not measured
-    "Hold the metrics against the stage's gates; the training time is a gate too."
-    rows = [(name, metrics.get(name), target, -1 if name in AT_MOST else 1) for name, target in [*stage.gates.items(), ("train_hours", stage.hours)]]
-    return [{"name": name, "value": value, "target": target, "passed": None if value is None else bool(sign * value >= sign * target)} for name, value, target, sign in rows]
-
 # %% ../nbs/05_evaluate.ipynb #8285635b
 def background_metrics(evaluated: Evaluated, p: Predictions) -> dict[str, float]:
     "Ask the model with every pill covered; near chance is right, above it the background gives drugs away."
@@ -218,7 +216,7 @@ def new_ground_metrics(evaluated: Evaluated, work: Path) -> dict[str, Any]:  # e
     found = evaluated.predict(pills[masks.good].reset_index(drop=True), partial(RelaidPills, relay=relay))
     return {"new_ground_top1": found.scores["top1"], "new_ground_top1_interval": interval(found.pills.right.to_numpy(float), found.clusters), "new_ground_pills": len(found.pills)}
 
-# %% ../nbs/05_evaluate.ipynb #1febaea4
+# %% ../nbs/05_evaluate.ipynb #48d0c627
 @dataclass(frozen=True)
 class Evaluation:
     "Everything measured in one reading of the test split."
@@ -229,6 +227,8 @@ class Evaluation:
     times: pd.DataFrame | None = None  # of the pipeline's steps
     framing: pd.DataFrame | None = None
     trust: Trust | None = None
+    advice: Advice | None = None
+    forecast: Forecast | None = None  # of phone photos
 
     @property
     def test(self) -> Predictions:
@@ -249,7 +249,7 @@ def show_mistakes(
         crops, titles, bad = crops + found[0], titles + [f"{rung}\n{t}" for t in found[1]], bad + found[2]
     return image_grid(crops, titles, 8, side=1.3, bad=bad)
 
-# %% ../nbs/05_evaluate.ipynb #3b360866
+# %% ../nbs/05_evaluate.ipynb #7bc1fe34
 def rung_metrics(evaluated: Evaluated, rungs: dict[str, Predictions]) -> dict[str, Any]:
     "Measure the ladder, and the probes of the background."
     test, ladder = Evaluation(evaluated, rungs, {}).test, ladder_table(rungs)
@@ -260,7 +260,10 @@ def rung_metrics(evaluated: Evaluated, rungs: dict[str, Predictions]) -> dict[st
         metrics["frame_same_drugs_top1"] = ladder.top1["random frame, same drugs"]
     if (evaluated.manifest.pills.kind == "combination").any() and "other session" in rungs:
         metrics |= {"tray_pill_top1": ladder.top1["other session"], "tray_pill_top1_interval": [ladder.low["other session"], ladder.high["other session"]]}
-    return metrics | {"headline": {"rung": ladder.index[-1], "top1": ladder.top1.iloc[-1]}}
+    if "phone" in rungs:
+        metrics |= {"phone_top1": ladder.top1["phone"], "phone_top1_interval": [ladder.low["phone"], ladder.high["phone"]], "phone_top5": ladder.top5["phone"], "phone_pills": int(ladder.pills["phone"])}
+    weak = f1_by_drug(test).head(10).reset_index(names="k_code")[["k_code", "f1", "pills"]].to_dict("records")
+    return metrics | {"headline": {"rung": ladder.index[-1], "top1": ladder.top1.iloc[-1]}, "weak_drugs": weak}
 
 
 def evaluate_trays(evaluated: Evaluated) -> tuple[Outcome | None, pd.DataFrame | None, dict[str, Any]]:  # None where there is no detector, or no tray
@@ -279,7 +282,13 @@ def evaluate_framing(evaluated: Evaluated) -> pd.DataFrame | None:  # None where
     pills = classifier_pills(evaluated.manifest, "test")
     return measure_framing(evaluated.classify, evaluated.judge, evaluated.pre, pills, evaluated.roots)
 
-# %% ../nbs/05_evaluate.ipynb #32c50ca9
+# %% ../nbs/05_evaluate.ipynb #d0695575
+def evaluate_forecast(evaluated: Evaluated, work: Path) -> Forecast | None:  # None without a test pill
+    "Forecast phone photos from the test pills of the studio, or of the photos where there is none."
+    pills = [rows for kinds in (("single",), ("photo",)) if len(rows := classifier_pills(evaluated.manifest, "test", kinds))]
+    return forecast_phone(evaluated, pills[0], work) if pills else None
+
+# %% ../nbs/05_evaluate.ipynb #948db110
 def evaluate_run(run: Path, plan: Parameters) -> Evaluation:
     "Measure a run once, and write its part of the metrics; raises PillSnapError if there is no test pill."
     evaluated = with_judge(open_run(run, plan))
@@ -289,11 +298,18 @@ def evaluate_run(run: Path, plan: Parameters) -> Evaluation:
     metrics = rung_metrics(evaluated, rungs) | new_ground_metrics(evaluated, plan.settings.work) | {"test_readings": len(read_events(run, "test_read"))}
     outcome, times, more = evaluate_trays(evaluated)
     framing = evaluate_framing(evaluated)
+    forecast = evaluate_forecast(evaluated, plan.settings.work)
     trust, trusted = measure_trust(evaluated, Evaluation(evaluated, rungs, {}).test)
+    if given := str(plan.given.get("final_test", "")):
+        metrics |= read_final_test(evaluated, ensure_index(evaluated.roots, plan.settings), plan.settings, given)
+    metrics |= forecast_metrics(forecast) if forecast else {}
     metrics |= trusted | more | ({"framing": framing[["cover", "top1", "low", "high"]].T.to_dict()} if framing is not None else {})
     metrics["gates"] = check_gates(evaluated.stage, read_metrics(run) | metrics)
     write_metrics(run, "evaluate", tidy(metrics))
-    return Evaluation(evaluated, rungs, tidy(metrics), outcome, times, framing, trust)
+    advice = advise(run)
+    write_metrics(run, "advise", {"advice": {"decision": advice.decision, "confidence": advice.confidence}})
+    write_advice(run, advice, plan.settings.reports)
+    return Evaluation(evaluated, rungs, tidy(metrics), outcome, times, framing, trust, advice, forecast)
 
 
 def tidy(value: Any) -> Any:
@@ -306,16 +322,18 @@ def tidy(value: Any) -> Any:
         return round(float(value), 5) if np.isfinite(value) else None
     return int(value) if isinstance(value, np.integer) else value
 
-# %% ../nbs/05_evaluate.ipynb #89bfb629
-def gate_table(metrics: dict[str, Any]) -> pd.DataFrame:
+# %% ../nbs/05_evaluate.ipynb #fa7055db
+def gate_table(metrics: dict[str, Any]) -> pd.DataFrame:  # index: gate
     "Show the gates."
     words = {True: "passed", False: "FAILED", None: "not measured"}
-    return pd.DataFrame([{"gate": g["name"], "value": "–" if g["value"] is None else g["value"], "target": ("≤ " if g["name"] in AT_MOST else "≥ ") + str(g["target"]), "": words[g["passed"]]} for g in metrics["gates"]]).set_index("gate")
+    rows = [{"gate": g["name"], "value": "–" if g["value"] is None else g["value"], "95 % interval": f"{g['interval'][0]:.3f} to {g['interval'][1]:.3f}" if g["interval"] and None not in g["interval"] else "",
+             "target": ("≤ " if g["name"] in AT_MOST else "≥ ") + str(g["target"]), "margin": "" if g["margin"] is None else f"{g['margin']:+.3f}", "": words[g["passed"]]} for g in metrics["gates"]]
+    return pd.DataFrame(rows).set_index("gate")
 
 
 def metric_table(metrics: dict[str, Any]) -> pd.DataFrame:
     "Show the test metrics with their intervals."
-    names = ["test_top1", "test_top5", "test_macro_f1", "tray_pill_top1", "frame_top1", "frame_same_drugs_top1", "new_ground_top1", "background_only_top1", "chance_top1",
+    names = ["test_top1", "test_top5", "test_macro_f1", "tray_pill_top1", "phone_top1", "frame_top1", "frame_same_drugs_top1", "new_ground_top1", "background_only_top1", "chance_top1",
              "det_map50", "det_map50_95", "det_precision", "det_recall", "pipeline_pill_top1", "pipeline_missed", "pipeline_extra", "tray_exact", "pipeline_trays", "test_map", "test_gap", "test_roc_auc", "test_pills", "test_readings"]
     spans = {n: metrics.get(n.removesuffix("_top1") + "_interval" if n.startswith("background") else f"{n}_interval") for n in names}
     rows = {n: {"value": metrics[n], "95 % interval": f"{s[0]:.3f} to {s[1]:.3f}" if (s := spans[n]) and s[0] is not None else ""} for n in names if n in metrics}

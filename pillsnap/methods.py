@@ -100,7 +100,7 @@ class Mixer:
             xb = self.erase(xb)
         return self.mix(xb, yb) if self.mix and len(xb) % 2 == 0 else (xb, yb)
 
-# %% ../nbs/03da_methods.ipynb #2546a150
+# %% ../nbs/03da_methods.ipynb #7c090478
 def class_weights(labels: Sequence[int], classes: int) -> np.ndarray:  # (classes,) float32, with which an average pill weighs 1; 0 for a drug without pills
     "Weigh drugs by the inverse of their number of pills."
     counts = np.bincount(labels, minlength=classes)
@@ -125,11 +125,21 @@ def make_loss(stage: Stage, labels: Sequence[int], classes: int, device: str) ->
     return WeightedLoss(torch.from_numpy(class_weights(labels, classes)).to(device), stage.label_smoothing)
 
 
-def draw_chances(stage: Stage, labels: np.ndarray, classes: int) -> np.ndarray | None:  # (n,), sum 1; None: each pill once
-    "Give the chances with which `balance=sampler` draws pills."
-    if stage.balance != "sampler":
+def draw_chances(
+    stage: Stage,
+    labels: np.ndarray,  # (n,)
+    classes: int,
+    phone: np.ndarray | None = None,  # (n,) bool: phone photos
+    weights: np.ndarray | None = None,  # (classes,) how often a drug is drawn
+) -> np.ndarray | None:  # (n,), sum 1; None: each pill once
+    "Give the chances with which pills are drawn: balanced over drugs, weighted by drug, and with the stage's share of phone photos."
+    mixed = bool(stage.phone_share) and phone is not None and phone.any() and not phone.all()
+    if stage.balance != "sampler" and weights is None and not mixed:
         return None
-    chances = class_weights(labels, classes)[labels].astype(float)
+    chances = class_weights(labels, classes)[labels].astype(float) if stage.balance == "sampler" else np.ones(len(labels))
+    chances = chances * (1.0 if weights is None else weights[labels])
+    for kind, share in ((phone, stage.phone_share), (~phone, 1 - stage.phone_share)) if mixed else ():
+        chances[kind] *= share / chances[kind].sum()
     return chances / chances.sum()
 
 # %% ../nbs/03da_methods.ipynb #c7292f06

@@ -30,7 +30,7 @@ from .trees import SMOKE
 from .trust import draw_nothing, draw_strangers, measure_damage, pair_sides, side_metrics, unknown_table
 from .unknowns import auroc, false_accepts
 
-# %% ../nbs/04d_predictions.ipynb #b1bb36d5
+# %% ../nbs/04d_predictions.ipynb #0ab1d901
 @dataclass(frozen=True)
 class Predictions:
     "Predictions for some pills of a manifest."
@@ -59,7 +59,7 @@ class RelaidPills(PillDataset):
     "The same pills, cut as always, on grounds that training never saw."
 
     def cut(self, photo: np.ndarray, box: list[float], row: int) -> np.ndarray:
-        return self.relay(photo, box, row, self.pre.margin, self.pre.size, (0.0, 0.0), np.random.default_rng([11, row]))
+        return self.pre.finish(self.relay(photo, box, row, self.pre.margin, self.pre.size, (0.0, 0.0), np.random.default_rng([11, row])))
 
 # %% ../nbs/04d_predictions.ipynb #16609e10
 @dataclass(frozen=True)

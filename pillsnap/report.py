@@ -52,7 +52,7 @@ def describe_notebook(nb: Any) -> dict[str, Any]:  # title, subtitle, error, par
     return {"title": text[0].lstrip("# "), "subtitle": subtitle, "error": find_error(nb),
             "parameters": papermill.get("parameters", {}), "seconds": papermill.get("duration"), "started": str(papermill.get("start_time", ""))[:16].replace("T", " ")}
 
-# %% ../nbs/00e_report.ipynb #38a716f7
+# %% ../nbs/00e_report.ipynb #4791e695
 STATIC = Path(__file__).parent / "static" if "__file__" in globals() else Path.cwd().parent / "pillsnap/static"
 
 
@@ -67,8 +67,10 @@ def gate_badges(metrics: dict[str, Any]) -> str:
     def text(gate: dict) -> str:
         sign = "≤" if gate["name"] in AT_MOST else "≥"
         return f"{gate['name']} {'not measured' if gate['value'] is None else format(gate['value'], '.3f')} ({sign} {gate['target']})"
+    advice = metrics.get("advice", {}).get("decision")
+    said = badge(advice, {"PROCEED": "passed", "OPTIMIZE": "open", "STOP": "failed"}[advice]) + " " if advice else ""
     short = badge("fewer photos or drugs than asked for", "failed") if metrics.get("short") else ""
-    return short + " ".join(badge(text(g), kinds[g["passed"]]) for g in metrics.get("gates", []))
+    return said + short + " ".join(badge(text(g), kinds[g["passed"]]) for g in metrics.get("gates", []))
 
 
 def error_box(error: dict[str, str] | None) -> str:

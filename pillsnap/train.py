@@ -6,14 +6,14 @@
 __all__ = ['STRANGERS', 'PATCHES', 'prepare_run', 'write_inputs', 'list_empty', 'fits', 'resumable', 'list_incomplete',
            'is_incomplete', 'list_unknown', 'classifier_pills', 'RunFolder', 'open_folder', 'keep_pills',
            'tell_progress', 'make_datasets', 'make_relay', 'held_out_drugs', 'compose_trays', 'gather_photos',
-           'write_detector_set', 'Job', 'keep_plan', 'make_job', 'run_epoch', 'validate', 'Watch', 'note_skipped',
-           'standard_error', 'keep', 'keep_weights', 'keep_among_top', 'train_classifier', 'train_pill_detector',
-           'check_both_fit', 'train_by_turns', 'fit', 'train_logged', 'train_both', 'follow_chief', 'describe_job',
-           'training_metrics', 'detector_metrics', 'Stop', 'main', 'Launched', 'launch', 'training_command', 'follow',
-           'train_stage', 'training_lock', 'train_now', 'live_line', 'ensure_run', 'show_batch', 'show_detector_photos',
-           'read_boxes']
+           'write_detector_set', 'Job', 'keep_plan', 'make_job', 'chances_of', 'run_epoch', 'used_memory', 'validate',
+           'Watch', 'note_skipped', 'standard_error', 'keep', 'keep_weights', 'keep_among_top', 'train_classifier',
+           'train_pill_detector', 'check_both_fit', 'train_by_turns', 'fit', 'train_logged', 'train_both',
+           'follow_chief', 'describe_job', 'training_metrics', 'detector_metrics', 'Stop', 'main', 'Launched', 'launch',
+           'training_command', 'follow', 'train_stage', 'training_lock', 'train_now', 'live_line', 'ensure_run',
+           'show_batch', 'show_detector_photos', 'read_boxes']
 
-# %% ../nbs/04_train.ipynb #59c0ee83
+# %% ../nbs/04_train.ipynb #4fa13189
 import contextlib
 import math
 import os
@@ -51,7 +51,7 @@ from .engine import (Apart, BatchPlan, Training, check_memory, estimate_memory, 
 from .grounds import collect_patches
 from .index import Index, ensure_index
 from .inspection import inspect
-from .manifest import Manifest, assign_splits, ensure_manifest, held_drugs, load_manifest, name_groups, save_manifest, tabulate_pills, unit_hash
+from .manifest import Manifest, assign_splits, ensure_manifest, held_drugs, load_manifest, name_groups, read_allowed, save_manifest, tabulate_pills, unit_hash
 from .methods import batch_at, draw_chances, make_loss, size_at, strength_at
 from .preprocess import Preprocess
 from .ranks import Ranks, join_ranks
@@ -80,7 +80,7 @@ def prepare_run(
                                               incomplete_trays=int(is_incomplete(index.tables.images).sum()), roots=[str(r) for r in index.roots], device=pick_device(plan.settings.device)))
     return run  # run.json comes last: a folder without it is no run
 
-# %% ../nbs/04_train.ipynb #db77fa1c
+# %% ../nbs/04_train.ipynb #75ccc191
 def write_inputs(run: Path, stage: Stage, manifest: Manifest, index: Index) -> None:
     "Write what the training reads besides the photos."
     save_manifest(manifest, run / "manifest")
@@ -89,6 +89,8 @@ def write_inputs(run: Path, stage: Stage, manifest: Manifest, index: Index) -> N
     arrangements = index.tables.images.codes[index.tables.images.kind == "combination"].astype(object).drop_duplicates()
     write_json(run / "held_drugs.json", sorted(set().union(*held_drugs(arrangements))))
     list_unknown(index, manifest).to_csv(run / "unknown.csv", index=False)
+    if stage.allow and (weights := read_allowed(stage)).weight.nunique() > 1:
+        weights.to_csv(run / "weights.csv")
     if stage.incomplete == "mask":
         list_incomplete(index, stage, manifest).to_csv(run / "incomplete.csv", index=False)
 
@@ -367,13 +369,20 @@ def make_job(opened: RunFolder) -> Job:
             job.tell("note", message=f"{wrong}; going on from the one before it")
     return job
 
-# %% ../nbs/04_train.ipynb #0a50ef5a
+# %% ../nbs/04_train.ipynb #dc8d6e84
+def chances_of(job: Job) -> np.ndarray | None:  # (training pills,); None: each once
+    "Give the chances with which a run draws its training pills."
+    note, classes = job.run / "weights.csv", job.manifest.classes
+    weights = pd.read_csv(note, dtype={"k_code": "str"}).set_index("k_code").weight.reindex(classes).to_numpy() if note.exists() else None
+    return draw_chances(job.stage, job.train.labels, len(classes), (job.train.pills.kind == "photo").to_numpy(), weights)
+
+# %% ../nbs/04_train.ipynb #9034069b
 def run_epoch(job: Job) -> dict[str, Any]:  # the scores of the epoch
     "Train one epoch, or what is left of it, and validate."
     stage, training, watch = job.stage, job.training, Watch(job)
     epoch, classes = training.epoch, len(job.manifest.classes)
     train = replace(job.train, epoch=epoch, pre=replace(job.pre, size=size_at(stage, epoch)), augment=strength_at(stage, epoch))
-    order = epoch_order(len(train), stage.seed, epoch, draw_chances(stage, train.labels, classes))
+    order = epoch_order(len(train), stage.seed, epoch, chances_of(job))
     loader = stage_batches(train, order, batch_at(stage, epoch), stage, drop_last=True, rank=job.ranks.rank, ranks=job.ranks.ranks)
     watch.steps = len(loader)
     scores = train_epoch(training, loader.skip(training.within), train.pre, make_loss(stage, train.labels, classes, training.device), watch)
@@ -381,7 +390,15 @@ def run_epoch(job: Job) -> dict[str, Any]:  # the scores of the epoch
         val = {f"val_{k}": round(v, 5) for k, v in validate(job).items()}
     watch.stop()
     return {"epoch": training.epoch, "lr": training.optimizer.param_groups[0]["lr"], "size": train.pre.size, "batch": batch_at(stage, epoch), "train_loss": round(scores["train_loss"], 5), **val,
-            "images_per_s": round(scores["images_per_s"], 1), "seconds": round(training.seconds - training.epoch_began, 2)}
+            "images_per_s": round(scores["images_per_s"], 1), "seconds": round(training.seconds - training.epoch_began, 2), **used_memory(training.device)}
+
+
+def used_memory(device: str) -> dict[str, float]:  # GB
+    "Say how much memory this process holds, and the most that it has held on a GPU."
+    import psutil
+
+    on_gpu = {"gpu_memory_gb": round(torch.cuda.max_memory_reserved(device) / 1e9, 3)} if device.startswith("cuda") else {}
+    return {"memory_gb": round(psutil.Process().memory_info().rss / 1e9, 3)} | on_gpu
 
 # %% ../nbs/04_train.ipynb #3b8c3911
 def validate(job: Job) -> dict[str, float]:
@@ -597,7 +614,7 @@ def describe_job(opened: RunFolder, job: Job | None) -> dict[str, Any]:
     return both | {"epochs": job.stage.epochs, "from_epoch": job.training.epoch, "train_pills": len(job.train), "val_pills": len(job.val), "classes": len(job.manifest.classes), "from_step": job.training.step, "started_from": job.stage.start_from, "drugs_taken_over": job.taken,
                    "relaid": round(float(relaid), 4), "precision": str(job.training.precision or torch.float32).removeprefix("torch.")}
 
-# %% ../nbs/04_train.ipynb #5c83c474
+# %% ../nbs/04_train.ipynb #2988813d
 def training_metrics(opened: RunFolder, job: Job | None) -> dict[str, Any]:
     "Collect the training's part of the run's metrics, from its events."
     report, run = opened.manifest.report, opened.run
@@ -605,7 +622,8 @@ def training_metrics(opened: RunFolder, job: Job | None) -> dict[str, Any]:
     seconds = sum(e["prepare_seconds"] for e in read_events(run, "start"))
     if job:
         epochs, best = read_events(run, "epoch"), job.training.best
-        metrics |= {"epochs": job.training.epoch, "best_epoch": best["epoch"], **{k: best[k] for k in ("val_top1", "val_top5", "val_macro_f1")}, "train_pills": len(job.train),
+        seen = epoch_order(len(job.train), opened.stage.seed, 0)[: job.training.pills]
+        metrics |= {"seen_images": len(seen), "seen_classes": len(np.unique(job.train.labels[seen])), "epochs": job.training.epoch, "best_epoch": best["epoch"], **{k: best[k] for k in ("val_top1", "val_top5", "val_macro_f1")}, "train_pills": len(job.train),
                     "skipped_files": len({e["file"] for e in read_events(run, "skipped")}), "classifier_steps": job.training.step, "train_images_per_s": float(np.median([e["images_per_s"] for e in epochs]))}
         seconds += sum(e["seconds"] for e in epochs)
     if opened.stage.strategy != "classifier":
