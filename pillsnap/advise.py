@@ -10,7 +10,7 @@ __all__ = ['SHARE', 'MOST_DAMAGED', 'MOST_MEMORY', 'CORRUPT', 'LONG', 'MOST_DRIF
            'write_tensorboard', 'advice_table', 'check_table', 'option_table', 'advice_history', 'stage_progress',
            'tell_best', 'next_steps']
 
-# %% ../nbs/04e_advise.ipynb #797ef65e
+# %% ../nbs/04e_advise.ipynb #0bd19fbe
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -21,7 +21,7 @@ from typing import Any
 import pandas as pd
 
 from .core import AT_MOST, STAGES, PillSnapError, Settings, Stage, append_event, list_runs, parse_overrides, read_events, read_json, read_metrics, run_state, write_json
-from .records import as_command, detector_epochs, epoch_table, is_alive, resume_command, tell_state
+from .records import as_command, epoch_table, is_alive, resume_command, tell_state
 
 # %% ../nbs/04e_advise.ipynb #b90c87b6
 SHARE = 0.7  # of a target that still is worth optimising
@@ -268,11 +268,11 @@ def write_tensorboard(run: Path, advice: Advice) -> None:
         writer.add_scalar("stage_evaluation/confidence", advice.confidence)
         writer.add_text("stage_evaluation/advice", "  \n".join([f"**{advice.decision}** (confidence {advice.confidence:.2f})", *advice.reasons, *(f"{option.what}: `{option.command}`" for option in advice.options)]))
 
-# %% ../nbs/04e_advise.ipynb #d695f5cf
+# %% ../nbs/04e_advise.ipynb #76429c36
 def advice_table(advice: Advice) -> pd.DataFrame:
     "Show decision, confidence and reasons."
     rows = [("advice", advice.decision), ("confidence", f"{advice.confidence:.2f}"), *(("because", reason) for reason in advice.reasons)]
-    return pd.DataFrame(rows, columns=["", "what"]).set_index("")
+    return pd.DataFrame(rows, columns=["", "what"]).set_index("").rename_axis(None)
 
 
 def check_table(advice: Advice) -> pd.DataFrame:  # index: check

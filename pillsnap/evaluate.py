@@ -10,7 +10,7 @@ __all__ = ['RUNGS', 'interval', 'rung_of', 'climb', 'only_drugs', 'add_same_drug
            'gate_table', 'metric_table', 'show_worst_trays', 'show_framing', 'step_table', 'trust_table',
            'show_coverage', 'show_strangers', 'show_nearest']
 
-# %% ../nbs/05_evaluate.ipynb #2c077df7
+# %% ../nbs/05_evaluate.ipynb #d6d326a0
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,12 +25,12 @@ from sklearn.metrics import auc, average_precision_score, precision_recall_curve
 from .backgrounds import Relay, ensure_masks, held_grounds
 from .calibration import calibration_bins, coverage_at, coverage_curve, expected_calibration_error
 from .classifier import score
-from .advise import Advice, advise, advice_table, check_gates, check_table, option_table, write_advice
+from .advise import Advice, advise, check_gates, write_advice
 from .core import AT_MOST, Parameters, PillSnapError, Stage, append_event, read_events, read_metrics, write_metrics
 from .cutouts import read_looks
 from .data import Photos
-from .final import final_table, read_final_test
-from .forecast import Forecast, forecast_metrics, forecast_phone, forecast_table, plot_forecast
+from .final import read_final_test
+from .forecast import Forecast, forecast_metrics, forecast_phone
 from .index import ensure_index
 from .pipeline import Outcome, measure_framing, measure_pipeline, open_pipeline, plot_framing, run_pipeline, show_worst, test_trays, time_steps
 from .predictions import CoveredPills, Evaluated, Predictions, RelaidPills, Trust, cut_test_pill, measure_trust, name_picture, open_run, with_judge
@@ -249,7 +249,7 @@ def show_mistakes(
         crops, titles, bad = crops + found[0], titles + [f"{rung}\n{t}" for t in found[1]], bad + found[2]
     return image_grid(crops, titles, 8, side=1.3, bad=bad)
 
-# %% ../nbs/05_evaluate.ipynb #7bc1fe34
+# %% ../nbs/05_evaluate.ipynb #d4700ff2
 def rung_metrics(evaluated: Evaluated, rungs: dict[str, Predictions]) -> dict[str, Any]:
     "Measure the ladder, and the probes of the background."
     test, ladder = Evaluation(evaluated, rungs, {}).test, ladder_table(rungs)
@@ -278,17 +278,17 @@ def evaluate_trays(evaluated: Evaluated) -> tuple[Outcome | None, pd.DataFrame |
 
 
 def evaluate_framing(evaluated: Evaluated) -> pd.DataFrame | None:  # None where no test pill is alone on its photo
-    "Measure mode single from a tight crop to the whole photo, on the pills of the test split."
+    "Measure mode single from a tight crop to the square in its middle, on the pills of the test split."
     pills = classifier_pills(evaluated.manifest, "test")
     return measure_framing(evaluated.classify, evaluated.judge, evaluated.pre, pills, evaluated.roots)
 
-# %% ../nbs/05_evaluate.ipynb #d0695575
-def evaluate_forecast(evaluated: Evaluated, work: Path) -> Forecast | None:  # None without a test pill
-    "Forecast phone photos from the test pills of the studio, or of the photos where there is none."
-    pills = [rows for kinds in (("single",), ("photo",)) if len(rows := classifier_pills(evaluated.manifest, "test", kinds))]
-    return forecast_phone(evaluated, pills[0], work) if pills else None
+# %% ../nbs/05_evaluate.ipynb #c1bec6e3
+def evaluate_forecast(evaluated: Evaluated, rungs: dict[str, Predictions], work: Path) -> Forecast:
+    "Forecast phone photos from the test pills that could be read: the studio's, or the photos' where there is none."
+    test = Evaluation(evaluated, rungs, {}).test.pills
+    return forecast_phone(evaluated, test[classifier_pills(evaluated.manifest, "test").columns], work)
 
-# %% ../nbs/05_evaluate.ipynb #948db110
+# %% ../nbs/05_evaluate.ipynb #1feabf1f
 def evaluate_run(run: Path, plan: Parameters) -> Evaluation:
     "Measure a run once, and write its part of the metrics; raises PillSnapError if there is no test pill."
     evaluated = with_judge(open_run(run, plan))
@@ -298,11 +298,11 @@ def evaluate_run(run: Path, plan: Parameters) -> Evaluation:
     metrics = rung_metrics(evaluated, rungs) | new_ground_metrics(evaluated, plan.settings.work) | {"test_readings": len(read_events(run, "test_read"))}
     outcome, times, more = evaluate_trays(evaluated)
     framing = evaluate_framing(evaluated)
-    forecast = evaluate_forecast(evaluated, plan.settings.work)
+    forecast = evaluate_forecast(evaluated, rungs, plan.settings.work)
     trust, trusted = measure_trust(evaluated, Evaluation(evaluated, rungs, {}).test)
     if given := str(plan.given.get("final_test", "")):
         metrics |= read_final_test(evaluated, ensure_index(evaluated.roots, plan.settings), plan.settings, given)
-    metrics |= forecast_metrics(forecast) if forecast else {}
+    metrics |= forecast_metrics(forecast)
     metrics |= trusted | more | ({"framing": framing[["cover", "top1", "low", "high"]].T.to_dict()} if framing is not None else {})
     metrics["gates"] = check_gates(evaluated.stage, read_metrics(run) | metrics)
     write_metrics(run, "evaluate", tidy(metrics))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST_FINAL', 'final_pills', 'claim', 'read_final_test', 'final_table']
 
-# %% ../nbs/04f_final.ipynb #5c19989c
+# %% ../nbs/04f_final.ipynb #6e0d6a36
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .core import PillSnapError, Settings, Stage, append_event, lock, read_json, run_state, write_json
-from .index import Index, ensure_index
+from .index import Index
 from .inspection import inspect
 from .manifest import Manifest, assign_splits, name_groups, tabulate_pills, unit_hash
 from .pipeline import hash_file

@@ -6,9 +6,9 @@
 __all__ = ['PLAIN', 'SESSIONS', 'MOST_PILLS', 'ALONE', 'Capture', 'draw_capture', 'recapture', 'Forecast', 'recut',
            'bootstrap_both', 'forecast_phone', 'make_relay', 'forecast_metrics', 'forecast_table', 'plot_forecast']
 
-# %% ../nbs/04g_forecast.ipynb #7f657ddd
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+# %% ../nbs/04g_forecast.ipynb #a2481d4d
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from .data import Photos
 from .grounds import DRAWN
 from .predictions import Evaluated, some_of_each
 from .preprocess import cut_square
-from .viz import SPLIT_COLOURS, image_grid, new_figure
+from .viz import SPLIT_COLOURS, new_figure
 
 # %% ../nbs/04g_forecast.ipynb #9ac9c9bb
 @dataclass(frozen=True)

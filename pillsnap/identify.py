@@ -7,7 +7,7 @@ __all__ = ['Classify', 'MODES', 'decode_photo', 'open_photo', 'open_photos', 'cl
            'choose_regions', 'cut_pills', 'check_outputs', 'classify_crops', 'Answer', 'Extra', 'read_pills', 'timed',
            'check_request', 'open_backs', 'identify', 'step_times']
 
-# %% ../nbs/03f_identify.ipynb #f64f9d9a
+# %% ../nbs/03f_identify.ipynb #6ec1be7b
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ from .aihub import UNREADABLE, decode_picture
 from .boxes import DOUBLE_IOU, LEAST_SCORE, Detect, check_pixels, clip_boxes, suppress_doubles
 from .core import PillSnapError, suggest
 from .judge import Hint, Judge, Reading, Verdict, allow, fuse, weigh
-from .preprocess import Preprocess
+from .preprocess import Preprocess, centre_square
 
 # %% ../nbs/03f_identify.ipynb #f3c0ee68
 Classify = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -86,13 +86,13 @@ def find_pills(photos: Mapping[int, np.ndarray], detect: Detect, least_score: fl
         raise ValueError(f"detect gave boxes for {len(found)} photos, {len(photos)} were shown")
     return {place: clean_boxes(boxes, photo.shape, least_score, double_iou, f"photo {place}") for (place, photo), boxes in zip(photos.items(), found)}
 
-# %% ../nbs/03f_identify.ipynb #a5a710a0
+# %% ../nbs/03f_identify.ipynb #5732b672
 def check_region(
-    region: Sequence[float] | None,  # x, y, w, h in px; None: the whole photo
+    region: Sequence[float] | None,  # x, y, w, h in px; None: the square in its middle
     shape: Sequence[int],  # height, width of the photo
 ) -> np.ndarray:  # (1, 5) x, y, w, h inside the photo, score 1
     "Check and clip a region of interest; raises ValueError for one that is no box in the photo."
-    box = np.array([0, 0, shape[1], shape[0]] if region is None else region, float).reshape(1, -1)
+    box = np.array(centre_square(shape) if region is None else region, float).reshape(1, -1)
     if box.shape[1] != 4:
         raise ValueError(f"a region is x, y, w, h, not {box.shape[1]} numbers")
     check_pixels(box, "region")
@@ -103,7 +103,7 @@ def check_region(
 
 
 def choose_regions(photos: Mapping[int, np.ndarray], regions: Mapping[int, Sequence[float] | None]) -> tuple[dict[int, np.ndarray], dict[int, str]]:  # place → (1, 5); place → what is wrong
-    "Take each photo's region, or the whole photo."
+    "Take each photo's region, or the square in its middle."
     boxes, wrong = {}, {}
     for place, photo in photos.items():
         try:
@@ -168,7 +168,7 @@ def read_pills(readings: Mapping[Any, Reading], place: int, extra: Extra, regist
         reading = weigh(reading, extra.hint, registry)
     return reading if extra.allowed is None else allow(reading, extra.allowed)
 
-# %% ../nbs/03f_identify.ipynb #98f6d124
+# %% ../nbs/03f_identify.ipynb #77ccbeb3
 @contextmanager
 def timed(seconds: dict[str, float], step: str) -> Iterator[None]:
     "Note how long the block took."
@@ -187,7 +187,7 @@ def check_request(photos: Sequence, mode: str, detect: Detect | None, regions: S
         raise PillSnapError("a photo of the back belongs to mode 'single': in 'combination' nobody knows which pill is which")
     for what, given in (("regions", regions), ("extras", extras)):
         if given is not None and len(given) != len(photos):
-            raise PillSnapError(f"{len(given)} {what} for {len(photos)} photos: give one per photo, None for {'the whole photo' if what == 'regions' else 'nothing'}")
+            raise PillSnapError(f"{len(given)} {what} for {len(photos)} photos: give one per photo, None for {'the square in the middle' if what == 'regions' else 'nothing'}")
     if registry is None and any(extra and extra.hint != Hint() for extra in extras or ()):
         raise PillSnapError("a hint needs the registry of the drugs' looks, and none was given")
     if top < 1:
@@ -201,7 +201,7 @@ def open_backs(extras: Mapping[int, Extra], pre: Preprocess) -> tuple[dict[Any, 
     whole = replace(pre, margin=0.0)
     return ({("back", places[i]): cut_pills(photo, check_region(None, photo.shape), whole) for i, photo in opened.items()}, {places[i]: f"the photo of the back: {said}" for i, said in wrong.items()})
 
-# %% ../nbs/03f_identify.ipynb #6af93796
+# %% ../nbs/03f_identify.ipynb #48c7ad0a
 def identify(
     photos: Sequence[np.ndarray | bytes],  # (h, w, 3) uint8 RGB, or the bytes of image files
     mode: str,  # single: the region is the pill; combination: find the pills first
@@ -210,7 +210,7 @@ def identify(
     judge: Judge,  # says what the classifier's numbers are worth, and names the drugs
     pre: Preprocess,  # the classifier's
     top: int = 5,  # drugs named per pill
-    regions: Sequence[Sequence[float] | None] | None = None,  # mode single: x, y, w, h in px per photo; None: the whole photo
+    regions: Sequence[Sequence[float] | None] | None = None,  # mode single: x, y, w, h in px per photo; None: the square in its middle
     least_score: float = LEAST_SCORE,  # of a detection
     double_iou: float = DOUBLE_IOU,  # above it two boxes are one pill
     extras: Sequence[Extra | None] | None = None,  # what the caller adds to each photo

@@ -36,7 +36,7 @@ from .trays import detector_pills
 from .trees import SMOKE, command_line, fresh_trays
 from .viz import image_grid, plot_lines
 
-# %% ../nbs/04a_pipeline.ipynb #8f1d50d2
+# %% ../nbs/04a_pipeline.ipynb #269703f9
 @dataclass(frozen=True, eq=False)
 class Pipeline:
     "What `identify` needs: find pills, name pills, and know what that is worth."
@@ -54,7 +54,7 @@ class Pipeline:
     def enrol(self, k_code: str, photos: Sequence[np.ndarray | bytes], regions: Sequence[Sequence[float] | None] | None = None, pictures: Sequence[str] | None = None) -> "Pipeline":
         "Add a drug from one to five photos of one pill each, framed as in mode single; raises PillSnapError for a photo that cannot be read."
         if regions is not None and len(regions) != len(photos):
-            raise PillSnapError(f"{len(regions)} regions for {len(photos)} photos of {k_code}: give one per photo, None for the whole photo")
+            raise PillSnapError(f"{len(regions)} regions for {len(photos)} photos of {k_code}: give one per photo, None for the square in the middle")
         opened, wrong = open_photos(photos)
         asked = {i: region for i, region in enumerate(regions or ()) if region is not None}
         boxes, refused = choose_regions(opened, asked)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TILES', 'UPLOAD_PX', 'UPLOAD_QUALITY', 'FORMATS', 'MOST_BYTES', 'MOST_PIXELS', 'LEAST_SIDE', 'cut_square',
-           'place_square', 'cut_window', 'resize_square', 'even_contrast', 'Preprocess', 'cover_pill', 'golden_photo',
-           'golden_upload', 'as_uploaded', 'describe_input', 'golden_vector', 'check_golden', 'check_image']
+           'place_square', 'cut_window', 'resize_square', 'centre_square', 'even_contrast', 'Preprocess', 'cover_pill',
+           'golden_photo', 'golden_upload', 'as_uploaded', 'describe_input', 'golden_vector', 'check_golden',
+           'check_image']
 
 # %% ../nbs/03_preprocess.ipynb #3d9de2d2
 import io
@@ -55,6 +56,12 @@ def resize_square(square: np.ndarray, size: int, fast: bool = False) -> np.ndarr
     "Resize: averaging areas to shrink by more than a tenth, otherwise linear; `fast` is linear down to half the side, in an eighth of the time."
     return cv2.resize(square, (size, size), interpolation=cv2.INTER_AREA if len(square) > (2 if fast else 1.1) * size else cv2.INTER_LINEAR)
 
+# %% ../nbs/03_preprocess.ipynb #1e068e4b
+def centre_square(shape: Sequence[int]) -> tuple[float, float, float, float]:  # x, y, w, h in px
+    "Give the largest square in the middle of a photo of a given height and width."
+    side = min(shape[:2])
+    return float((shape[1] - side) // 2), float((shape[0] - side) // 2), float(side), float(side)
+
 # %% ../nbs/03_preprocess.ipynb #315cb171
 TILES = 8
 
@@ -67,7 +74,7 @@ def even_contrast(crop: np.ndarray, limit: float) -> np.ndarray:  # (s, s, 3) ui
     lab[..., 0] = cv2.createCLAHE(limit, (TILES, TILES)).apply(lab[..., 0])
     return cv2.cvtColor(lab, cv2.COLOR_LAB2RGB)
 
-# %% ../nbs/03_preprocess.ipynb #083f956e
+# %% ../nbs/03_preprocess.ipynb #0b2baf74
 @dataclass(frozen=True)
 class Preprocess:
     "Everything that decides a model's input; two models with equal hashes see the same pixels."
@@ -92,7 +99,7 @@ class Preprocess:
 
     def get_config(self) -> dict[str, Any]:
         "Give everything a client in another language needs, as JSON, with the hash that must agree."
-        steps = ["decode as RGB, 8 bits, turned as EXIF says", f"square around the middle of the box, side = floor(longer side x {1 + 2 * self.margin:g} + 0.5) px; without a box the whole photo is the box and the margin is 0; outside the photo its border is repeated",
+        steps = ["decode as RGB, 8 bits, turned as EXIF says", f"square around the middle of the box, side = floor(longer side x {1 + 2 * self.margin:g} + 0.5) px; without a box the square in the middle of the photo is the box and the margin is 0; outside the photo its border is repeated",
                  f"resize to {self.size} px: mean of areas from 1.1 times that, otherwise linear"]
         steps += [f"CLAHE on L of CIE Lab, {TILES} x {TILES} tiles, clip limit {self.clahe:g}"] if self.clahe else []
         return asdict(self) | {"hash": self.hash, "layout": "RGB, uint8, height x width x 3", "steps": [*steps, "x / 255, minus mean, through std (inside the exported graph)"]}

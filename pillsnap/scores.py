@@ -229,7 +229,7 @@ def pipeline_metrics(
             metrics[name], metrics[f"{name}_interval"] = share(part, of, clusters, draws, seed)
     return metrics
 
-# %% ../nbs/03g_scores.ipynb #a0230713
+# %% ../nbs/03g_scores.ipynb #bbece8a8
 MARGINS = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 1.0, 2.0)  # of the box's longer side
 
 
@@ -245,7 +245,7 @@ def framing_curve(
 ) -> pd.DataFrame:  # index: framing, tight first; margin, cover, top1, low, high, photos
     "Measure top-1 in mode single against the framing; photos that cannot be read are left out."
     longer, rows = np.asarray(boxes, float)[:, 2:4].max(1), {}
-    frames = [(f"margin {m:g}", m, boxes) for m in margins] + [("whole photo", 0.0, None)]
+    frames = [(f"margin {m:g}", m, boxes) for m in margins] + [("middle square", 0.0, None)]
     for name, margin, regions in frames:
         answers, _ = identify(photos, "single", None, classify, judge, replace(pre, margin=margin), 1, regions)
         read = [i for i, answer in enumerate(answers) if not answer.error]
