@@ -193,7 +193,7 @@ def options_of_photos(run: Path, stage: Stage, metrics: Mapping[str, Any]) -> li
     why = told if "phone_top1" not in metrics else f"phone photos: {metrics['phone_top1']:.1%} right"
     return [Option("real photos", "take phone photos" + (f", first of {names}" if names else "") + (f"; with {', '.join(costs)}" if costs else ""), why, as_command("evaluate", {"stage": stage.stage}), 0.05)]
 
-# %% ../nbs/04e_advise.ipynb #c7e8bebe
+# %% ../nbs/04e_advise.ipynb #aeca9aaf
 @dataclass(frozen=True)
 class Advice:
     "What is recommended after a run, and why."
@@ -215,7 +215,7 @@ def next_stage_config(run: Path, stage: Stage) -> dict[str, Any]:
     start = f"start_from={run}" if after.base == stage.stage and after.model == stage.model else ""
     return changed | {"stage": after.stage, "commands": [as_command("manifest", {"stage": after.stage}), as_command("train", {"stage": after.stage, "overrides": start}), as_command("evaluate", {"stage": after.stage})]}
 
-
+# %% ../nbs/04e_advise.ipynb #e200d778
 def advise(run: Path) -> Advice:
     "Recommend what to do after a run that was evaluated; raises PillSnapError for one that was not."
     metrics, stage = read_metrics(run), Stage(**read_json(run / "run.json")["stage"])
@@ -226,7 +226,7 @@ def advise(run: Path) -> Advice:
     decision, confidence, reasons = decide(gates, checks)
     return Advice(decision, round(confidence, 3), reasons, gates, checks, sorted(options, key=lambda option: -option.weight), next_stage_config(run, stage))
 
-# %% ../nbs/04e_advise.ipynb #e80f07cb
+# %% ../nbs/04e_advise.ipynb #09731159
 PERFORMANCE = ("test_top1", "test_top5", "test_macro_f1", "test_ece", "phone_top1", "tray_pill_top1", "det_map50", "det_map50_95", "pipeline_pill_top1", "tray_exact", "background_only_top1", "unknown_auroc", "unknown_far95", "pipeline_p95_ms", "train_images_per_s", "train_hours")
 
 
@@ -250,7 +250,7 @@ def write_advice(run: Path, advice: Advice, reports: Path) -> Path:  # the file 
         write_tensorboard(run, advice)
     return reports / record["stage"] / name
 
-
+# %% ../nbs/04e_advise.ipynb #665c85b0
 def record_tensorboard(run: Path) -> bool:
     "Say whether a run writes TensorBoard files."
     return bool(read_json(run / "run.json")["stage"]["tensorboard"])

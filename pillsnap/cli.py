@@ -231,7 +231,7 @@ def read_ahead(notebook: Path, stage: Stage, given: dict[str, Any], settings: Se
     except PillSnapError:
         pass  # the notebook meets the same error and writes it into the report
 
-# %% ../nbs/10_cli.ipynb #f1cf4f3f
+# %% ../nbs/10_cli.ipynb #3912b34b
 def run_notebook(name: str, given: dict[str, Any], tensorboard: bool = False, exit_code: bool = False) -> int:  # exit status
     "Check, execute, render; the report is written also when the notebook fails."
     settings = load_settings()
@@ -259,7 +259,7 @@ def run_notebook(name: str, given: dict[str, Any], tensorboard: bool = False, ex
     decision = show_advice(run)
     return DECIDED[decision] if exit_code else 0
 
-
+# %% ../nbs/10_cli.ipynb #02f6e2c7
 DECIDED = {"PROCEED": 0, "OPTIMIZE": 10, "STOP": 20}  # exit status with --exit-code
 
 
@@ -446,7 +446,7 @@ def lay_table(names: list[str], rows: list[tuple[str, ...]]) -> Any:
         table.add_row(*map(escape, row))  # a path in brackets is no markup
     return table
 
-# %% ../nbs/10_cli.ipynb #86745a58
+# %% ../nbs/10_cli.ipynb #bc872286
 @app.command()
 def progress(
     next: Annotated[bool, typer.Option("--next", help="Do the next step now; where a gate failed, with a warning: you decide.")] = False,
@@ -475,7 +475,7 @@ def progress(
     if next:
         raise typer.Exit(do_steps(steps))
 
-
+# %% ../nbs/10_cli.ipynb #3676707e
 def do_steps(steps: list[str]) -> int:  # exit status
     "Run commands of this program one after the other, until one fails."
     import shlex

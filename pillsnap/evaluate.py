@@ -10,7 +10,7 @@ __all__ = ['RUNGS', 'interval', 'rung_of', 'climb', 'only_drugs', 'add_same_drug
            'gate_table', 'metric_table', 'show_worst_trays', 'show_framing', 'step_table', 'trust_table',
            'show_coverage', 'show_strangers', 'show_nearest']
 
-# %% ../nbs/05_evaluate.ipynb #d6d326a0
+# %% ../nbs/05_evaluate.ipynb #c0ff446c
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +29,7 @@ from .advise import Advice, advise, check_gates, write_advice
 from .core import AT_MOST, Parameters, PillSnapError, Stage, append_event, read_events, read_metrics, write_metrics
 from .cutouts import read_looks
 from .data import Photos
-from .final import read_final_test
+from .final import earlier_readings, read_final_test
 from .forecast import Forecast, forecast_metrics, forecast_phone
 from .index import ensure_index
 from .pipeline import Outcome, measure_framing, measure_pipeline, open_pipeline, plot_framing, run_pipeline, show_worst, test_trays, time_steps
@@ -249,7 +249,7 @@ def show_mistakes(
         crops, titles, bad = crops + found[0], titles + [f"{rung}\n{t}" for t in found[1]], bad + found[2]
     return image_grid(crops, titles, 8, side=1.3, bad=bad)
 
-# %% ../nbs/05_evaluate.ipynb #d4700ff2
+# %% ../nbs/05_evaluate.ipynb #66673c75
 def rung_metrics(evaluated: Evaluated, rungs: dict[str, Predictions]) -> dict[str, Any]:
     "Measure the ladder, and the probes of the background."
     test, ladder = Evaluation(evaluated, rungs, {}).test, ladder_table(rungs)
@@ -276,7 +276,7 @@ def evaluate_trays(evaluated: Evaluated) -> tuple[Outcome | None, pd.DataFrame |
     metrics = measure_pipeline(outcome) | {"pipeline_p50_ms": times.p50_ms["total"]}
     return outcome, times, metrics | ({"pipeline_p95_ms": times.p95_ms["total"]} if evaluated.device.startswith("cuda") else {})  # its gate is meant for a GPU
 
-
+# %% ../nbs/05_evaluate.ipynb #dd54400f
 def evaluate_framing(evaluated: Evaluated) -> pd.DataFrame | None:  # None where no test pill is alone on its photo
     "Measure mode single from a tight crop to the square in its middle, on the pills of the test split."
     pills = classifier_pills(evaluated.manifest, "test")
@@ -288,10 +288,13 @@ def evaluate_forecast(evaluated: Evaluated, rungs: dict[str, Predictions], work:
     test = Evaluation(evaluated, rungs, {}).test.pills
     return forecast_phone(evaluated, test[classifier_pills(evaluated.manifest, "test").columns], work)
 
-# %% ../nbs/05_evaluate.ipynb #1feabf1f
+# %% ../nbs/05_evaluate.ipynb #2c5569f4
 def evaluate_run(run: Path, plan: Parameters) -> Evaluation:
     "Measure a run once, and write its part of the metrics; raises PillSnapError if there is no test pill."
-    evaluated = with_judge(open_run(run, plan))
+    opened, given = open_run(run, plan), str(plan.given.get("final_test", ""))
+    if given:
+        earlier_readings(plan.settings, opened.manifest, run, given)  # what is refused is refused before the long evaluation
+    evaluated = with_judge(opened)
     rungs = climb(evaluated)
     if all(name.startswith("random frame") for name in rungs):
         raise PillSnapError(f"manifest {evaluated.manifest.hash} has no test pill of a known drug")
@@ -300,7 +303,7 @@ def evaluate_run(run: Path, plan: Parameters) -> Evaluation:
     framing = evaluate_framing(evaluated)
     forecast = evaluate_forecast(evaluated, rungs, plan.settings.work)
     trust, trusted = measure_trust(evaluated, Evaluation(evaluated, rungs, {}).test)
-    if given := str(plan.given.get("final_test", "")):
+    if given:
         metrics |= read_final_test(evaluated, ensure_index(evaluated.roots, plan.settings), plan.settings, given)
     metrics |= forecast_metrics(forecast)
     metrics |= trusted | more | ({"framing": framing[["cover", "top1", "low", "high"]].T.to_dict()} if framing is not None else {})
@@ -311,7 +314,7 @@ def evaluate_run(run: Path, plan: Parameters) -> Evaluation:
     write_advice(run, advice, plan.settings.reports)
     return Evaluation(evaluated, rungs, tidy(metrics), outcome, times, framing, trust, advice, forecast)
 
-
+# %% ../nbs/05_evaluate.ipynb #adbe000a
 def tidy(value: Any) -> Any:
     "Make metrics plain JSON: five decimals, lists, None for what is not a number."
     if isinstance(value, dict):
@@ -361,7 +364,7 @@ def step_table(result: Evaluation) -> pd.DataFrame | str:  # index: step
     times = result.times.round(1).rename(index=lambda step: f"time: {step}")
     return pd.concat([pd.DataFrame(shares).T, times]).astype(object).fillna("")
 
-# %% ../nbs/05_evaluate.ipynb #3247edb4
+# %% ../nbs/05_evaluate.ipynb #cca9731a
 def trust_table(result: Evaluation) -> pd.DataFrame:  # index: what; value, 95 % interval
     "Say what confidence is worth, in words."
     m = result.metrics
@@ -387,7 +390,7 @@ def show_strangers(result: Evaluation) -> Figure:
     "Draw the scores of known and strange pills."
     return plot_unknown(result.evaluated.judge, result.test.reading, result.trust.strangers)
 
-
+# %% ../nbs/05_evaluate.ipynb #83d99ff3
 def show_nearest(result: Evaluation, pills: int = 6) -> Figure:
     "Show the least known test pills, what is said about them, and the gallery pills nearest to them."
     evaluated, test = result.evaluated, result.test

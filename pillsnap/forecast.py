@@ -26,7 +26,7 @@ from .predictions import Evaluated, some_of_each
 from .preprocess import cut_square
 from .viz import SPLIT_COLOURS, new_figure
 
-# %% ../nbs/04g_forecast.ipynb #9ac9c9bb
+# %% ../nbs/04g_forecast.ipynb #87c74b93
 @dataclass(frozen=True)
 class Capture:
     "What one session does to a cut pill; the values of `PLAIN` do nothing."
@@ -49,7 +49,7 @@ def draw_capture(rng: np.random.Generator) -> Capture:
     return Capture(exposure=float(np.clip(np.exp(rng.normal(0, 0.25)), 0.55, 1.6)), warmth=float(np.exp(rng.normal(0.05, 0.12))), gamma=float(np.exp(rng.normal(0, 0.15))), saturation=float(np.exp(rng.normal(0.05, 0.15))),
                    blur=float(abs(rng.normal(0, 0.8))), grain=float(abs(rng.normal(0, 4))), quality=int(rng.integers(60, 96)), margin=float(rng.uniform(0, 0.15)), ground=True)
 
-
+# %% ../nbs/04g_forecast.ipynb #0a62db96
 def recapture(crop: np.ndarray, capture: Capture, rng: np.random.Generator) -> np.ndarray:  # (s, s, 3) uint8
     "Photograph a cut pill again."
     colour = np.float32([capture.warmth**0.5, 1, capture.warmth**-0.5]) * capture.exposure
@@ -90,7 +90,7 @@ def recut(pills: pd.DataFrame, roots: Sequence[Path], pre: Any, relay: Relay | N
         crops.append(pre.finish(recapture(crop, capture, rng)))
     return np.stack(crops)
 
-# %% ../nbs/04g_forecast.ipynb #db9f59ca
+# %% ../nbs/04g_forecast.ipynb #adc391a3
 ALONE = {"darker": Capture(exposure=0.78), "brighter": Capture(exposure=1.28), "warmer light": Capture(warmth=1.19), "colder light": Capture(warmth=0.93), "harder tone": Capture(gamma=1.16), "stronger colours": Capture(saturation=1.22),
          "out of focus": Capture(blur=1.1), "grain": Capture(grain=5.6), "JPEG": Capture(quality=66), "framed loosely": Capture(margin=0.13), "another ground": Capture(ground=True)}
 
@@ -105,7 +105,7 @@ def bootstrap_both(right: np.ndarray, drugs: np.ndarray, draws: int = 2000, seed
         means.append(sums[np.ix_(rows, columns)].sum() / (counts[columns].sum() * len(rows)))
     return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
-
+# %% ../nbs/04g_forecast.ipynb #718421d4
 def forecast_phone(evaluated: Evaluated, pills: pd.DataFrame, work: Path, sessions: int = SESSIONS, seed: int = 11) -> Forecast:
     "Forecast a run's accuracy on phone photos from some of its test pills."
     few = some_of_each(pills, max(1, MOST_PILLS // max(1, pills.label.nunique()))).head(MOST_PILLS).reset_index(drop=True)
@@ -126,7 +126,7 @@ def forecast_phone(evaluated: Evaluated, pills: pd.DataFrame, work: Path, sessio
     return Forecast(float(right.mean()), bootstrap_both(right, few.k_code.to_numpy()), float(known.mean()), float(right[known].mean()) if known.any() else float("nan"), right, few.k_code.to_numpy(),
                     dict(sorted(causes.items(), key=lambda item: -item[1])), shown)
 
-
+# %% ../nbs/04g_forecast.ipynb #32d11f6e
 def make_relay(evaluated: Evaluated, pills: pd.DataFrame, work: Path, seed: int) -> Relay | None:  # None where no pill can be cut out
     "Prepare other grounds, none of which trained."
     if not (pills.kind == "single").any():
@@ -134,7 +134,7 @@ def make_relay(evaluated: Evaluated, pills: pd.DataFrame, work: Path, seed: int)
     masks = ensure_masks(pills, Photos(pills, evaluated.roots), read_looks(evaluated.run / "drugs.csv"), work / "masks")
     return Relay(masks, draw_kinds(list(DRAWN), 1000 + seed), 1.0) if masks.good.any() else None
 
-# %% ../nbs/04g_forecast.ipynb #114d97ca
+# %% ../nbs/04g_forecast.ipynb #65c39867
 def forecast_metrics(forecast: Forecast) -> dict[str, Any]:
     "Give the forecast as metrics."
     by_drug = pd.Series(forecast.right.mean(0)).groupby(forecast.drugs).mean().sort_values()
@@ -154,7 +154,7 @@ def forecast_table(metrics: Mapping[str, Any]) -> pd.DataFrame | str:  # index: 
         rows["measured on phone photos"] = f"{m['phone_top1']:.3f} ({m['phone_top1_interval'][0]:.3f} to {m['phone_top1_interval'][1]:.3f})"
     return pd.Series(rows, name="").to_frame()
 
-
+# %% ../nbs/04g_forecast.ipynb #828fd8cd
 def plot_forecast(forecast: Forecast) -> Figure:
     "Draw the sessions' accuracies, and what each condition costs alone."
     figure, (left, right) = new_figure(10.8, 2.8, 2)

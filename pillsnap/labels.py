@@ -136,7 +136,7 @@ def suspect_outliers(features: np.ndarray, most: int = 24) -> pd.DataFrame:  # c
     place = np.argsort(score, kind="stable")[:most]
     return pd.DataFrame({"place": place, "score": score[place]})
 
-# %% ../nbs/05b_labels.ipynb #6f9ec253
+# %% ../nbs/05b_labels.ipynb #dfcc880a
 COLUMNS = ["what", "photo", "k_code", "detail", "score", "exclude"]
 KINDS = {"label": "another drug, say all other series; excluded where the network doubts it too", "copy": "the same picture under two drugs", "box": "a pill without a box", "outlier": "unlike all other pills"}
 
@@ -163,7 +163,7 @@ def audit_pills(evaluated: Evaluated) -> tuple[pd.DataFrame, list[dict[str, Any]
         found += [tell("copy", a, f"{pills.k_code[b]} {pills.photo[b]}", row.score, True) for a, b in ((row.place, row.other), (row.other, row.place))]
     return pills, found + [tell("outlier", row.place, "", row.score, False) for row in suspect_outliers(seen.features).itertuples()]
 
-
+# %% ../nbs/05b_labels.ipynb #d6ffbeac
 def audit_trays(evaluated: Evaluated) -> tuple[int, list[dict[str, Any]]]:  # photos looked at; suspicions
     "Look for pills without a box on the photos of several; without a detector, none."
     pipeline = open_pipeline(evaluated.run, evaluated.manifest.classes, evaluated.device)

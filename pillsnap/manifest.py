@@ -180,14 +180,14 @@ def sample_trays(images: pd.DataFrame, good: np.ndarray, classes: list[str], sta
     order = order.sort_values(["old", "hash"], ascending=[False, True])
     return rows[codes.isin(order.index[order.n.cumsum() <= round(stage.images * stage.tray_share)])]
 
-# %% ../nbs/02_manifest.ipynb #b696dc50
+# %% ../nbs/02_manifest.ipynb #ab46672c
 @dataclass(frozen=True)
 class Known:
     "What reading has shown about an index so far."
     bad: frozenset = frozenset()  # rows that cannot be used
     lacking: frozenset = frozenset()  # drugs left without a photo in some split
 
-
+# %% ../nbs/02_manifest.ipynb #a2d1ef3a
 def choose_classes(images: pd.DataFrame, pills: pd.DataFrame, stage: Stage, known: Known) -> tuple[list[str], list[str]]:  # in order of choice; left out
     "Choose the class list; raises PillSnapError if the data has too few drugs and `allow_short` is not set."
     if stage.split == "condition":
@@ -211,7 +211,7 @@ def choose_classes(images: pd.DataFrame, pills: pd.DataFrame, stage: Stage, know
         raise PillSnapError(f"{stage.key}: no drug has usable photos in train, val and test: {explain_nothing(images)}")
     return order[: stage.classes], left_out
 
-
+# %% ../nbs/02_manifest.ipynb #d1d2aac0
 def explain_nothing(images: pd.DataFrame) -> str:
     "Say why no drug can be chosen."
     open_part = images[images.part != "val"]
@@ -221,7 +221,7 @@ def explain_nothing(images: pd.DataFrame) -> str:
         return "there are trays only; add the singles"
     return "no photo has its labels; add the label root" if not open_part.usable.any() else "the photos cover too few lights and longitudes; see `pillsnap index`"
 
-# %% ../nbs/02_manifest.ipynb #84693728
+# %% ../nbs/02_manifest.ipynb #fedbfad4
 BY_DRUG = ("condition", "mixed")  # splits whose studio photos are shared out among the drugs
 
 
@@ -241,7 +241,7 @@ def read_allowed(stage: Stage) -> pd.DataFrame:  # index k_code, in order of use
         raise PillSnapError(f"allow={stage.allow} names {len(found)} drugs, classes={stage.classes}: raise classes, shorten the list, or give a column `uses`, of which the first count")
     return found.head(stage.classes).assign(weight=lambda t: t.weight.fillna(1.0))[["weight"]]
 
-
+# %% ../nbs/02_manifest.ipynb #37dbfc48
 def rank_mixed(images: pd.DataFrame, pills: pd.DataFrame) -> tuple[list[str], list[str]]:  # drugs in order of choice, drugs left out
     "Order the drugs of studio and phone photos: those with a photo of either kind in train and in test, most phone photos first."
     usable = images[images.usable & (images.kind == "single") & (images.part != "val")]
@@ -260,7 +260,7 @@ def sample_phones(images: pd.DataFrame, good: np.ndarray, pills: pd.DataFrame, c
     order = rows[np.argsort(unit_hash(images.photo.iloc[rows] + images.ending.iloc[rows].astype(str), "phone"), kind="stable")]
     return order[: max(round(stage.images * stage.phone_share), stage.images - others)]
 
-
+# %% ../nbs/02_manifest.ipynb #c6acdd3e
 def count_thin(pills: pd.DataFrame, classes: list[str], stage: Stage) -> dict[str, int]:  # drug → photos, of those with too few
     "Count the drugs with fewer photos than a stage wants; raises PillSnapError unless `allow_short`."
     counts = pills[pills.label >= 0].drop_duplicates(["k_code", "photo", "ending"]).k_code.value_counts().reindex(classes).fillna(0).astype(int)
@@ -356,7 +356,7 @@ def prove_no_leak(images: pd.DataFrame) -> dict[str, int]:  # the number of leak
             raise PillSnapError(f"the split leaks: {len(leaks)} by {check}, first {leaks.iloc[0].to_dict()}; remove the copies, or report this as a defect")
     return {check: len(leaks) for check, leaks in found.items()}
 
-# %% ../nbs/02_manifest.ipynb #54225bb2
+# %% ../nbs/02_manifest.ipynb #45700bd4
 def lacking_classes(images: pd.DataFrame, classes: list[str]) -> set[str]:  # of a sample by condition
     "Find the classes without a photo in train, val or test."
     singles = images[images.kind == "single"].astype({"codes": str, "split": str})
@@ -369,7 +369,7 @@ def find_copies(images: pd.DataFrame) -> frozenset:  # rows
     known = images[images.digest > 0].assign(name=lambda t: t.photo + t.ending.astype(str)).sort_values(["name", "folder"])
     return frozenset(known.index[known.duplicated("digest")])
 
-
+# %% ../nbs/02_manifest.ipynb #7ef04fe0
 def settle_sample(
     images: pd.DataFrame,  # with split
     pills: pd.DataFrame,

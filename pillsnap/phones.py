@@ -45,7 +45,7 @@ def develop(picture: np.ndarray, camera: Camera, rng: np.random.Generator) -> np
     picture = picture + camera.sharpen * (picture - cv2.GaussianBlur(picture, (0, 0), 1.5))
     return (np.clip(picture + rng.normal(0, camera.noise, picture.shape), 0, 1) * 255 + 0.5).astype(np.uint8)
 
-# %% ../nbs/03bb_phones.ipynb #77e73f52
+# %% ../nbs/03bb_phones.ipynb #183d30bb
 @dataclass(frozen=True)
 class PhoneSpec:
     "What to draw; equal specs give equal pictures under equal versions."
@@ -72,7 +72,7 @@ class Session:
     scale: float  # of the pill, share of the usual distance
     camera: Camera
 
-
+# %% ../nbs/03bb_phones.ipynb #f6fb20a9
 def draw_session(spec: PhoneSpec, number: int) -> Session:
     "Draw table, lamp and telephone of a session."
     rng = np.random.default_rng([spec.seed, number, list(CAMERAS).index(spec.camera)])

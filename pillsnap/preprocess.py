@@ -21,7 +21,7 @@ from PIL import Image
 
 from .core import PillSnapError, content_hash
 
-# %% ../nbs/03_preprocess.ipynb #ebe8dd91
+# %% ../nbs/03_preprocess.ipynb #338034b7
 def cut_square(
     photo: np.ndarray,  # (h, w, 3) uint8 RGB, the original
     box: Sequence[float],  # x, y, w, h in px of that photo
@@ -43,7 +43,7 @@ def place_square(box: Sequence[float], margin: float, shift: tuple[float, float]
     side = max(2, math.floor(longer * (1 + 2 * margin) + 0.5))
     return math.floor(x + w / 2 + shift[0] * longer - side / 2 + 0.5), math.floor(y + h / 2 + shift[1] * longer - side / 2 + 0.5), side
 
-
+# %% ../nbs/03_preprocess.ipynb #b06dc2e0
 def cut_window(photo: np.ndarray, left: int, top: int, side: int) -> np.ndarray:  # (side, side, 3)
     "Cut a window in whole pixels; outside the photo its border is repeated."
     h, w = photo.shape[:2]

@@ -1,0 +1,92 @@
+"""After a stage, from the command line: the decision as an exit status and a file, the way on for a person who decides otherwise, suspects that a manifest leaves out, a final test that is read once."""
+import os
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+from conftest import PROJECT
+from pillsnap.core import read_events, read_json
+
+FIELDS = "images=60 classes=4 epochs=2 size=32 batch=16 workers=0 strategy=classifier backgrounds=0 tray_share=0"
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, tree):
+    "A small stage 0 with data of its own, trained and evaluated: its gate is out of reach."
+    folder = tmp_path_factory.mktemp("advice")
+    env = os.environ | {"PILLSNAP_WORK": str(folder / "work"), "PILLSNAP_REPORTS": str(folder / "reports"), "PILLSNAP_MANIFESTS": str(folder / "manifests"), "PILLSNAP_DATA_ROOT": "", "PILLSNAP_DEVICE": "cpu"}
+
+    def call(*words):
+        return subprocess.run([sys.executable, "-c", "from pillsnap.cli import main; main()", *words], env=env, capture_output=True, text=True, cwd=PROJECT, timeout=300)
+
+    given = ["--data-root", str(tree), "--overrides", f"name=tiny gates=test_top1:0.99 {FIELDS}"]
+    for notebook in ("manifest", "train"):
+        assert call("run", notebook, *given).returncode == 0
+    return folder, call, given, call("run", "evaluate", "--exit-code", *given[2:])
+
+
+def test_a_failed_gate_is_an_exit_status_a_box_a_file_and_a_badge(done):
+    folder, _, _, ended = done
+    record = read_json(folder / "reports/stage_0-tiny/stage_0-tiny_evaluation.json")
+    assert ended.returncode == 20 and "STOP (confidence" in ended.stdout and record["recommendations"] == "STOP"
+    assert {"stage", "timestamp", "dataset_info", "mandatory_checks", "performance_metrics", "recommendations", "confidence", "reasons", "options", "next_stage_config"} <= record.keys()
+    assert '<span class="badge failed">STOP</span>' in (folder / "reports/stage_0-tiny/05_evaluate.html").read_text("utf-8")
+    run = next((folder / "work/runs/stage_0-tiny").iterdir())
+    assert read_events(run, "advice")[-1]["decision"] == "STOP" and (run / "stage_0-tiny_evaluation.json").exists()
+
+
+def test_progress_tells_the_history_and_next_goes_on_with_a_warning(done):
+    "Stage 0 itself was never run here, so that is what comes next."
+    _, call, _, _ = done
+    told = call("progress")
+    assert told.returncode == 0 and "stage_0-tiny" in told.stdout and "1 STOP" in told.stdout and "pillsnap run manifest --stage 0" in told.stdout
+
+
+def test_next_warns_where_a_gate_failed_and_goes_on(done, tmp_path):
+    "The run of the other name is put where stage 0's own runs lie: --next then begins stage 1, which ends with the reason that it cannot."
+    folder, call, _, _ = done
+    runs = folder / "work/runs"
+    (runs / "stage_0").mkdir()
+    run = next((runs / "stage_0-tiny").iterdir())
+    (runs / "stage_0" / run.name).symlink_to(run)
+    record = read_json(run / "run.json")
+    (run / "run.json").write_text((run / "run.json").read_text("utf-8").replace('"name": "tiny"', '"name": ""'), "utf-8")
+    try:
+        ended = call("progress", "--next")
+    finally:
+        (runs / "stage_0" / run.name).unlink()
+        (runs / "stage_0").rmdir()
+        (run / "run.json").write_text((run / "run.json").read_text("utf-8").replace('"name": ""', '"name": "tiny"', 1), "utf-8")
+    assert read_json(run / "run.json") == record
+    assert "of stage 0 is STOP" in ended.stdout and ended.returncode != 0
+    assert "$ pillsnap run manifest --stage 1" in ended.stderr and "stage 1 needs data" in ended.stderr
+
+
+def test_suspects_that_a_person_marks_are_left_out_and_counted(done, tree):
+    folder, call, given, _ = done
+    assert call("run", "labels", *given[2:]).returncode == 0
+    path = folder / "reports/stage_0-tiny/suspects.csv"
+    listed = pd.read_csv(path)
+    photo = listed.photo[0]
+    listed.assign(exclude=listed.photo == photo).to_csv(path, index=False)
+    cleaned = [*given[:3], f"{given[3]} exclude={path}"]
+    assert call("run", "manifest", *cleaned).returncode == 0
+    report, pills = read_json(folder / "manifests/stage_0-tiny/report.json"), pd.read_csv(folder / "manifests/stage_0-tiny/pills.csv")
+    assert report["defects"]["excluded"] == 1 and photo not in set(pills.photo) and report["images"] == 60
+    path.write_text("photo\nx\n", "utf-8")
+    refused = call("run", "manifest", *cleaned)
+    assert refused.returncode == 1 and "has no column exclude" in refused.stderr
+
+
+def test_the_final_test_is_read_once(done):
+    folder, call, given, _ = done
+    run = next((folder / "work/runs/stage_0-tiny").iterdir())
+    key = read_json(run / "run.json")["manifest_hash"]
+    wrong = call("run", "evaluate", *given[2:], "--final-test", "yes")
+    assert wrong.returncode == 1 and "is not the hash of the run's manifest" in wrong.stderr
+    assert call("run", "evaluate", *given[2:], "--final-test", key).returncode == 0
+    again = call("run", "evaluate", *given[2:], "--final-test", key)
+    assert again.returncode == 1 and "cannot be read again" in again.stderr
+    assert len(read_json(folder / f"work/final/{key}.json")["readings"]) == 1
