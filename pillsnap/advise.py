@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['SHARE', 'MOST_DAMAGED', 'MOST_MEMORY', 'CORRUPT', 'LONG', 'MOST_DRIFT', 'MOST_GROWTH', 'NEEDS', 'PERFORMANCE',
-           'floor_of', 'check_gates', 'chance', 'mandatory_checks', 'stability', 'decide', 'tell_gate', 'Option',
-           'command_with', 'options_of_curves', 'options_of_scores', 'options_of_memory', 'options_of_photos', 'Advice',
-           'next_stage_config', 'advise', 'evaluation_record', 'write_advice', 'record_tensorboard',
-           'write_tensorboard', 'advice_table', 'check_table', 'option_table', 'advice_history', 'stage_progress',
-           'tell_best', 'next_steps']
+           'floor_of', 'check_gates', 'chance', 'mandatory_checks', 'stability', 'change', 'decide', 'tell_gate',
+           'Option', 'command_with', 'command_for', 'options_of_curves', 'options_of_scores', 'options_of_memory',
+           'options_of_photos', 'Advice', 'next_stage_config', 'advise', 'evaluation_record', 'write_advice',
+           'record_tensorboard', 'write_tensorboard', 'advice_table', 'check_table', 'option_table', 'advice_history',
+           'stage_progress', 'tell_best', 'next_steps']
 
-# %% ../nbs/04e_advise.ipynb #0bd19fbe
+# %% ../nbs/04e_advise.ipynb #12ec4769
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
@@ -23,20 +24,22 @@ import pandas as pd
 from .core import AT_MOST, STAGES, PillSnapError, Settings, Stage, append_event, list_runs, parse_overrides, read_events, read_json, read_metrics, run_state, write_json
 from .records import as_command, epoch_table, is_alive, resume_command, tell_state
 
-# %% ../nbs/04e_advise.ipynb #b90c87b6
+# %% ../nbs/04e_advise.ipynb #4051a6af
 SHARE = 0.7  # of a target that still is worth optimising
 
 
 def floor_of(stage: Stage, name: str) -> float:
     "Give the value on whose far side a stage should stop."
     target = stage.hours if name == "train_hours" else stage.gates[name]
-    return stage.floors.get(name, target / SHARE if name in AT_MOST else SHARE * target)
+    limit = min if name not in AT_MOST else max  # a gate that was lowered takes its floor along
+    return limit(target, stage.floors.get(name, target / SHARE if name in AT_MOST else SHARE * target))
 
 
 def check_gates(stage: Stage, metrics: Mapping[str, Any]) -> list[dict[str, Any]]:  # name, value, interval, target, floor, margin, passed; None: not measured
     "Hold the metrics against the stage's gates; the training time is a gate too."
     found = []
-    for name, target in [*stage.gates.items(), ("train_hours", stage.hours)]:
+    capped = metrics.get("capped") and "seen_images" in stage.gates  # ended by its cap: what it has seen counts, not how long it took
+    for name, target in [*stage.gates.items(), *([] if capped else [("train_hours", stage.hours)])]:
         value, sign = metrics.get(name), -1 if name in AT_MOST else 1
         margin = None if value is None else round(sign * (value - target), 6)
         found.append({"name": name, "value": value, "interval": metrics.get(f"{name}_interval"), "target": target, "floor": round(floor_of(stage, name), 6), "margin": margin, "passed": None if margin is None else margin >= 0})
@@ -50,7 +53,7 @@ def chance(gate: Mapping[str, Any], limit: float) -> float:  # 0 to 1
     ahead = sign * (gate["value"] - limit)
     return float(ahead >= 0) if spread <= 0 else 0.5 * (1 + math.erf(ahead / spread / math.sqrt(2)))
 
-# %% ../nbs/04e_advise.ipynb #f4a1e555
+# %% ../nbs/04e_advise.ipynb #3e9aecbf
 MOST_DAMAGED, MOST_MEMORY = 0.01, 3  # share of the files; times that memory ran out
 CORRUPT = ("photo", "label", "size", "unreadable", "zip")  # kinds of defects that are damage, and not a label to look at
 LONG = ("3", "4")  # stages whose training must also be steady
@@ -58,7 +61,7 @@ LONG = ("3", "4")  # stages whose training must also be steady
 
 def mandatory_checks(run: Path, metrics: Mapping[str, Any]) -> list[dict[str, Any]]:  # name, passed, value, limit, why
     "Check what must hold whatever a run's accuracy."
-    record, report, failures = read_json(run / "run.json"), read_json(run / "manifest/report.json"), [e["error"] for e in read_events(run, "failed")]
+    record, report, failures = read_json(run / "run.json"), {"defects": {}, "proof": {}, "images": 0} | read_json(run / "manifest/report.json"), [e["error"] for e in read_events(run, "failed")]
     bad_loss = sum("loss is nan" in text or "loss is inf" in text or "loss is -inf" in text for text in failures) + sum(metrics.get(name, 0) is None for name in ("test_loss", "val_loss"))
     memory = sum("out of memory" in text.lower() for text in [*failures, *(e["message"] for e in read_events(run, "note"))])
     damaged = sum(n for what, n in report["defects"].items() if what in CORRUPT) + metrics.get("skipped_files", 0) + metrics.get("test_skipped_files", 0)
@@ -68,27 +71,32 @@ def mandatory_checks(run: Path, metrics: Mapping[str, Any]) -> list[dict[str, An
             ("no leak", not leaks, sum(leaks.values()), 0, f"pairs across splits: {leaks}" if leaks else "pairs of pills on both sides of the split")]
     steady = stability(run)
     if steady and record["stage"]["stage"] in LONG:
-        rows.append(("steady", steady["passed"], steady["throughput_drift"], -MOST_DRIFT, f"of the speed lost or won from the first to the last third of the epochs at full size; memory grew by {steady['memory_growth']:.1%}"))
+        rows.append(("steady", steady["passed"], steady["throughput_drift"], -MOST_DRIFT, "of the speed, in pixels a second, lost or won from the first to the last third of the epochs" + ("" if steady["memory_growth"] is None else f"; memory grew by {steady['memory_growth']:.1%}")))
+    elif record["stage"]["stage"] in LONG:
+        rows.append(("steady", True, None, -MOST_DRIFT, "not measured: fewer than seven epochs"))
     return [dict(zip(("name", "passed", "value", "limit", "why"), row)) for row in rows]
 
-# %% ../nbs/04e_advise.ipynb #ab3a9c64
+# %% ../nbs/04e_advise.ipynb #ff4b2910
 MOST_DRIFT, MOST_GROWTH = 0.2, 0.1  # of the speed lost; of the memory won
 
 
-def stability(run: Path) -> dict[str, Any] | None:  # throughput_drift, memory_growth, epochs, passed; None: fewer than six epochs to compare
+def stability(run: Path) -> dict[str, Any] | None:  # throughput_drift, memory_growth (None: not measured), epochs, passed; None: fewer than seven epochs
     "Compare the speed and the memory of a training's last third of epochs with the first."
-    table = epoch_table(run)
-    if table.empty or "memory_gb" not in table:
+    table = epoch_table(run).iloc[1:]
+    if len(table) < 6:
         return None
-    table = table[(table["size"] == table["size"].iloc[-1]) & (table.batch == table.batch.iloc[-1])].iloc[1:]
-    third = len(table) // 3
-    if third < 2:
-        return None
-    change = lambda name: float(table[name].iloc[-third:].median() / table[name].iloc[:third].median() - 1)
-    drift, growth = change("images_per_s"), max(change(name) for name in ("memory_gb", "gpu_memory_gb") if name in table)
-    return {"throughput_drift": round(drift, 4), "memory_growth": round(growth, 4), "epochs": len(table), "passed": bool(drift >= -MOST_DRIFT and growth <= MOST_GROWTH)}
+    pixels = table.images_per_s * table["size"].astype(float) ** 2
+    full = table[(table["size"] == table["size"].iloc[-1]) & (table.batch == table.batch.iloc[-1])]
+    drift, growth = change(pixels), [change(full[name]) for name in ("memory_gb", "gpu_memory_gb") if name in full and full[name].notna().all() and len(full) >= 6]
+    return {"throughput_drift": round(drift, 4), "memory_growth": round(max(growth), 4) if growth else None, "epochs": len(table), "passed": bool(drift >= -MOST_DRIFT and max(growth, default=0.0) <= MOST_GROWTH)}
 
-# %% ../nbs/04e_advise.ipynb #4aa9c298
+
+def change(values: pd.Series) -> float:  # share won or lost
+    "Compare the median of the last third with that of the first."
+    third = max(1, len(values) // 3)
+    return float(values.iloc[-third:].median() / values.iloc[:third].median() - 1)
+
+# %% ../nbs/04e_advise.ipynb #5b55bc23
 NEEDS = {"pipeline_p95_ms": "it needs a GPU", "classifier_p95_ms": "it needs the export, on a GPU", "onnx_mb": "it needs the export"}  # gates that an evaluation cannot always measure
 
 
@@ -106,6 +114,8 @@ def decide(gates: Sequence[Mapping[str, Any]], checks: Sequence[Mapping[str, Any
     if missed or set(open_gates) - NEEDS.keys():
         sure = max([1 - chance(gate, gate["target"]) for gate in missed] + [1.0] * bool(set(open_gates) - NEEDS.keys()))
         return "OPTIMIZE", sure, [tell_gate(gate, "target") for gate in missed] + said
+    if not {gate["name"] for gate in measured} - {"train_hours"}:
+        return "OPTIMIZE", 0.0, ["no gate on what the models can do was measured: give the stage some, as gates=test_top1:0.8", *said]
     least = min(measured, key=lambda gate: chance(gate, gate["target"]))
     return "PROCEED", chance(least, least["target"]), [f"all {len(measured)} measured gates are passed; the least sure is {tell_gate(least, 'target')}"] + said
 
@@ -115,7 +125,7 @@ def tell_gate(gate: Mapping[str, Any], limit: str) -> str:
     span = f" ({gate['interval'][0]:.3f} to {gate['interval'][1]:.3f})" if gate["interval"] and None not in gate["interval"] else ""
     return f"{gate['name']} {gate['value']:.3f}{span}, {limit} {'≤' if gate['name'] in AT_MOST else '≥'} {gate[limit]:g}"
 
-# %% ../nbs/04e_advise.ipynb #831e49e2
+# %% ../nbs/04e_advise.ipynb #f59ff3ad
 @dataclass(frozen=True)
 class Option:
     "One thing that could be tried."
@@ -132,8 +142,14 @@ def command_with(run: Path, changes: str, notebook: str = "train") -> str:
     said = parse_overrides(str(given.get("overrides", "")))
     merged = {k: v for k, v in said.items() if k != "gates"} | parse_overrides(changes)
     gates = {"gates": ",".join(f"{k}:{v}" for k, v in said["gates"].items()) or "none"} if "gates" in said else {}
-    overrides = " ".join(f"{k}={v}" for k, v in {**merged, **gates}.items())
+    overrides = " ".join(f"{k}={shlex.quote(str(v))}" for k, v in {**merged, **gates}.items())
     return as_command(notebook, {"stage": str(given.get("stage", "0")), "data_root": str(given.get("data_root", "")), "overrides": overrides})
+
+
+def command_for(run: Path, notebook: str) -> str:
+    "Give the command that looks at a run."
+    stage = read_json(run / "run.json")["stage"]
+    return as_command(notebook, {"stage": stage["stage"], "run": run.name, "overrides": f"name={stage['name']}" if stage["name"] else ""})
 
 # %% ../nbs/04e_advise.ipynb #09d84326
 def options_of_curves(run: Path, stage: Stage) -> list[Option]:
@@ -173,7 +189,7 @@ def options_of_scores(run: Path, stage: Stage, metrics: Mapping[str, Any]) -> li
         found.append(Option("detector", f"train the detector {more} epochs instead of {stage.detector_epochs}, with {2 * stage.composed:g} composed trays for a real one", tell_gate(detector, "target"), command_with(run, f"detector_epochs={more} composed={2 * stage.composed:g}"), -detector["margin"]))
     return found
 
-# %% ../nbs/04e_advise.ipynb #3bf40ad4
+# %% ../nbs/04e_advise.ipynb #2de10625
 def options_of_memory(run: Path, stage: Stage) -> list[Option]:
     "Find what the run's use of memory speaks for."
     ran_out = [e["message"] for e in read_events(run, "note") if "out of memory" in e["message"]]
@@ -191,9 +207,9 @@ def options_of_photos(run: Path, stage: Stage, metrics: Mapping[str, Any]) -> li
     names = ", ".join(f"{drug['k_code']} ({drug['share']:.2f} right)" for drug in weak[:5])
     told = f"forecast {metrics['forecast_phone_top1']:.2f} ({metrics['forecast_phone_interval'][0]:.2f} to {metrics['forecast_phone_interval'][1]:.2f})" if "forecast_phone_top1" in metrics else "nothing inside studio photos says what phone photos will bring"
     why = told if "phone_top1" not in metrics else f"phone photos: {metrics['phone_top1']:.1%} right"
-    return [Option("real photos", "take phone photos" + (f", first of {names}" if names else "") + (f"; with {', '.join(costs)}" if costs else ""), why, as_command("evaluate", {"stage": stage.stage}), 0.05)]
+    return [Option("real photos", "take phone photos" + (f", first of {names}" if names else "") + (f"; with {', '.join(costs)}" if costs else ""), why, command_for(run, "evaluate"), 0.05)]
 
-# %% ../nbs/04e_advise.ipynb #aeca9aaf
+# %% ../nbs/04e_advise.ipynb #f47d32b6
 @dataclass(frozen=True)
 class Advice:
     "What is recommended after a run, and why."
@@ -212,16 +228,18 @@ def next_stage_config(run: Path, stage: Stage) -> dict[str, Any]:
     if after is None or stage.name:
         return {}
     changed = {f.name: getattr(after, f.name) for f in fields(Stage) if getattr(after, f.name) != getattr(stage, f.name) and f.name not in ("stage", "base")}
+    root = "" if stage.stage == "0" else str(read_json(run / "run.json").get("parameters", {}).get("data_root", ""))
     start = f"start_from={run}" if after.base == stage.stage and after.model == stage.model else ""
-    return changed | {"stage": after.stage, "commands": [as_command("manifest", {"stage": after.stage}), as_command("train", {"stage": after.stage, "overrides": start}), as_command("evaluate", {"stage": after.stage})]}
+    return changed | {"stage": after.stage, "commands": [as_command("manifest", {"stage": after.stage, "data_root": root}), as_command("train", {"stage": after.stage, "data_root": root, "overrides": start}), as_command("evaluate", {"stage": after.stage})]}
 
-# %% ../nbs/04e_advise.ipynb #e200d778
+# %% ../nbs/04e_advise.ipynb #b099828b
 def advise(run: Path) -> Advice:
     "Recommend what to do after a run that was evaluated; raises PillSnapError for one that was not."
     metrics, stage = read_metrics(run), Stage(**read_json(run / "run.json")["stage"])
     if "gates" not in metrics:
-        raise PillSnapError(f"{run} was not evaluated yet: {as_command('evaluate', {'stage': stage.stage, 'run': run.name})}")
-    gates, checks = check_gates(stage, metrics), mandatory_checks(run, metrics)
+        raise PillSnapError(f"{run} was not evaluated yet: {command_for(run, 'evaluate')}")
+    stored = metrics["gates"]
+    gates, checks = stored if all("floor" in gate for gate in stored) else check_gates(stage, metrics), mandatory_checks(run, metrics)
     options = options_of_curves(run, stage) + options_of_scores(run, stage, metrics) + options_of_memory(run, stage) + options_of_photos(run, stage, metrics)
     decision, confidence, reasons = decide(gates, checks)
     return Advice(decision, round(confidence, 3), reasons, gates, checks, sorted(options, key=lambda option: -option.weight), next_stage_config(run, stage))
@@ -310,7 +328,7 @@ def tell_best(runs: Sequence[Path]) -> str:
     scored = [(metrics["headline"]["top1"], metrics["headline"]["rung"], run.name) for run in runs if "headline" in (metrics := read_metrics(run))]
     return "–" if not scored else "{2}: top-1 {0:.3f} ({1})".format(*max(scored))
 
-# %% ../nbs/04e_advise.ipynb #646b8f42
+# %% ../nbs/04e_advise.ipynb #1ffc7b4d
 def next_steps(settings: Settings) -> tuple[list[str], str]:  # commands in their order; a warning or ""
     "Say what to type next, for the stages of the table."
     begun = [name for name in STAGES if list_runs(settings, f"stage_{name}") and name.isdigit()]
@@ -322,6 +340,8 @@ def next_steps(settings: Settings) -> tuple[list[str], str]:  # commands in thei
         return [], f"run {run.name} of stage {name} is being trained"
     if run_state(run) != "end":
         return [resume_command(run)], f"run {run.name}: {tell_state(run)}"
+    if read_json(run / "run.json")["stage"]["strategy"] == "detector":
+        return [as_command("train", {"stage": name})], f"run {run.name} of stage {name} trained a detector only: the stage's gates need a classifier too"
     if "gates" not in read_metrics(run):
         return [as_command("evaluate", {"stage": name, "run": run.name})], ""
     advice = advise(run)

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['LEAST_SCORE', 'DOUBLE_IOU', 'Detect', 'Frame', 'shrink', 'letterbox', 'into_square', 'out_of_square', 'check_pixels',
-           'clip_boxes', 'iou', 'suppress_doubles', 'decode_boxes']
+           'clip_boxes', 'iou', 'suppress_doubles', 'decode_boxes', 'check_photo', 'run_detector']
 
-# %% ../nbs/03ca_boxes.ipynb #4dfa8ebe
+# %% ../nbs/03ca_boxes.ipynb #b1d24944
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import cv2
 import numpy as np
+
+from .core import PillSnapError
 
 # %% ../nbs/03ca_boxes.ipynb #cfc8508f
 class Frame(NamedTuple):
@@ -133,3 +135,27 @@ def decode_boxes(
     found = raw.T[raw[4] > threshold].astype(np.float32)
     found[:, :2] -= found[:, 2:4] / 2
     return suppress_doubles(found[np.argsort(-found[:, 4], kind="stable")[:most]], overlap)
+
+# %% ../nbs/03ca_boxes.ipynb #ffba4f96
+def check_photo(photo: np.ndarray) -> np.ndarray:
+    "Return a photo; raises PillSnapError for what is none."
+    if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3 or 0 in photo.shape:
+        raise PillSnapError(f"a photo is (h, w, 3) uint8 RGB, not {photo.shape} {photo.dtype}")
+    return photo
+
+
+def run_detector(
+    network: Callable[[np.ndarray], np.ndarray],  # (b, s, s, 3) uint8 RGB → (b, 5, n) float32
+    photos: Sequence[np.ndarray],
+    size: int,  # px, side of the square
+    threshold: float,
+    overlap: float,
+    batch: int = 16,  # photos at a time
+) -> list[np.ndarray]:  # per photo (n, 5) x, y, w, h, score
+    "Find the pills on photos with a network, torch's or the exported one; a photo without any gives (0, 5)."
+    found = []
+    for i in range(0, len(photos), batch):
+        fitted = [letterbox(check_photo(photo), size) for photo in photos[i : i + batch]]
+        for raw, (_, frame) in zip(network(np.stack([square for square, _ in fitted])), fitted):
+            found.append(out_of_square(decode_boxes(raw, threshold, overlap), frame))
+    return found

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['FROZEN', 'V2_S', 'V2_L', 'GPU', 'STAGES', 'AT_MOST', 'FULLEST', 'PillSnapError', 'suggest', 'number', 'choice',
            'SampleFields', 'ClassifierFields', 'MethodFields', 'DetectorFields', 'Stage', 'stage_table', 'field_table',
-           'parse_overrides', 'split_words', 'parse_gates', 'get_stage', 'broken_rules', 'find_project', 'Settings',
-           'load_settings', 'open_roots', 'data_roots', 'disk_errors', 'check_space', 'disk_room', 'sync_folder',
-           'sync_file', 'atomic_path', 'write_json', 'read_json', 'atomic_folder', 'show_work', 'show_line',
-           'display_text', 'content_hash', 'lock', 'new_run', 'git_state', 'installed_versions', 'describe_run',
-           'append_event', 'parse_event', 'read_events', 'tail_events', 'epoch_line', 'run_state', 'list_runs',
-           'find_run', 'write_metrics', 'read_metrics', 'injected_names', 'exported_source', 'stale_modules',
-           'Parameters', 'read_parameters', 'pick_device', 'count_workers']
+           'parse_overrides', 'split_words', 'read_pairs', 'parse_gates', 'get_stage', 'broken_rules', 'find_project',
+           'Settings', 'load_settings', 'open_roots', 'data_roots', 'disk_errors', 'check_space', 'disk_room',
+           'sync_folder', 'sync_file', 'atomic_path', 'write_json', 'read_json', 'atomic_folder', 'show_work',
+           'show_line', 'display_text', 'content_hash', 'lock', 'new_run', 'git_state', 'installed_versions',
+           'describe_run', 'append_event', 'parse_event', 'read_events', 'tail_events', 'epoch_line', 'run_state',
+           'list_runs', 'find_run', 'write_metrics', 'read_metrics', 'injected_names', 'exported_source',
+           'stale_modules', 'Parameters', 'read_parameters', 'pick_device', 'count_workers']
 
 # %% ../nbs/00_core.ipynb #ee95ef21
 import ast
@@ -239,7 +239,7 @@ def field_table() -> "pd.DataFrame":  # one row per field: default, unit, range,
         rows.append(dict(field=f.name, default=getattr(info, "default", info), unit=(info.json_schema_extra or {}).get("unit", ""), range=span, note=info.description))
     return pd.DataFrame(rows).set_index("field")
 
-# %% ../nbs/00_core.ipynb #fdf090f7
+# %% ../nbs/00_core.ipynb #a33d08be
 def parse_overrides(
     text: str,  # "epochs=3 lr=1e-3 gates=test_top1:0.5"
 ) -> dict[str, Any]:  # field → text, or a dict for gates
@@ -252,7 +252,7 @@ def parse_overrides(
             raise PillSnapError(f"override {pair!r} is not field=value")
         if key not in known:
             raise PillSnapError(f"unknown field {key!r} in overrides: {suggest(key, known)}")
-        values[key] = parse_gates(value) if key == "gates" else value
+        values[key] = parse_gates(value) if key in ("gates", "floors") else value
     try:
         re.compile(values.get("train_session", ""))
     except re.error as e:
@@ -268,6 +268,17 @@ def split_words(text: str) -> list[str]:
         return list(words)
     except ValueError as e:
         raise PillSnapError(f"overrides {text!r}: {e}") from None
+
+
+def read_pairs(text: str) -> dict[str, Any]:  # field → text, or True and False
+    "Read `name=value` pairs; raises PillSnapError for one without `=`."
+    found: dict[str, Any] = {}
+    for pair in split_words(text):
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise PillSnapError(f"{pair!r} is not name=value")
+        found[name] = {"true": True, "false": False}.get(value.lower(), value)
+    return found
 
 
 def parse_gates(text: str) -> dict[str, str]:

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'CACHE', 'import_ultralytics', 'keep_libraries', 'keep_threads', 'build_network', 'hash_weights',
-           'save_detector', 'read_detector', 'Detector', 'check_photo', 'load_detector', 'read_start_weights',
-           'allowed_layers', 'start_from', 'DetectorPlan', 'plan_detector', 'pick_amp', 'augmentation',
-           'trainer_settings', 'DetectorJob', 'trainer_class', 'read_set', 'amp_unchecked', 'check_finite', 'keep',
-           'read_scores', 'restore', 'last_state', 'begin_epoch', 'end_batch', 'end_epoch', 'make_trainer',
-           'train_detector', 'run_trainer', 'finish_detector', 'score_detector']
+           'save_detector', 'read_detector', 'Detector', 'load_detector', 'read_start_weights', 'allowed_layers',
+           'start_from', 'DetectorPlan', 'plan_detector', 'pick_amp', 'augmentation', 'trainer_settings', 'DetectorJob',
+           'trainer_class', 'read_set', 'amp_unchecked', 'check_finite', 'keep', 'read_scores', 'restore', 'last_state',
+           'begin_epoch', 'end_batch', 'end_epoch', 'make_trainer', 'train_detector', 'run_trainer', 'finish_detector',
+           'score_detector']
 
-# %% ../nbs/03d_detector.ipynb #ea2b929b
+# %% ../nbs/03d_detector.ipynb #17374f26
 import contextlib
 import io
 import json
@@ -32,7 +32,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from .boxes import DOUBLE_IOU, LEAST_SCORE, decode_boxes, letterbox, out_of_square
+from .boxes import DOUBLE_IOU, LEAST_SCORE, run_detector
 from .core import PillSnapError, Stage, append_event, atomic_path, content_hash, count_workers, load_settings, read_events, read_json, suggest
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def read_detector(path: Path) -> tuple[dict[str, "torch.Tensor"], dict[str, Any]
         raise PillSnapError(f"{path}: weights {found}, but {weights} were trained from {start}; train it again, or copy it again")
     return tensors, meta
 
-# %% ../nbs/03d_detector.ipynb #276967d3
+# %% ../nbs/03d_detector.ipynb #cf1c1e3b
 @dataclass(frozen=True, eq=False)
 class Detector:
     "A loaded detector; `detect` is the interface, which any other detector can offer."
@@ -152,12 +152,7 @@ class Detector:
 
     def detect(self, photos: Sequence[np.ndarray]) -> list[np.ndarray]:
         "Find the pills on photos; a photo without any gives (0, 5)."
-        found = []
-        for i in range(0, len(photos), self.batch):
-            fitted = [letterbox(check_photo(photo), self.size) for photo in photos[i : i + self.batch]]
-            for raw, (_, frame) in zip(self.run(np.stack([square for square, _ in fitted])), fitted):
-                found.append(out_of_square(decode_boxes(raw, self.threshold, self.overlap), frame))
-        return found
+        return run_detector(self.run, photos, self.size, self.threshold, self.overlap, self.batch)
 
     def run(self, squares: np.ndarray) -> np.ndarray:  # (b, s, s, 3) uint8 RGB → (b, 5, n) float32
         "Run the network."
@@ -166,13 +161,6 @@ class Detector:
         with torch.inference_mode():
             xb = torch.from_numpy(squares).to(self.device).permute(0, 3, 1, 2).contiguous().float() / 255
             return self.network(xb)[0].float().cpu().numpy()
-
-# %% ../nbs/03d_detector.ipynb #5e1d56cc
-def check_photo(photo: np.ndarray) -> np.ndarray:
-    "Return a photo; raises PillSnapError for what is none."
-    if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3 or 0 in photo.shape:
-        raise PillSnapError(f"a photo is (h, w, 3) uint8 RGB, not {photo.shape} {photo.dtype}")
-    return photo
 
 # %% ../nbs/03d_detector.ipynb #d751c294
 def load_detector(

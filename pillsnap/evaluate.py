@@ -10,7 +10,7 @@ __all__ = ['RUNGS', 'interval', 'rung_of', 'climb', 'only_drugs', 'add_same_drug
            'gate_table', 'metric_table', 'show_worst_trays', 'show_framing', 'step_table', 'trust_table',
            'show_coverage', 'show_strangers', 'show_nearest']
 
-# %% ../nbs/05_evaluate.ipynb #c0ff446c
+# %% ../nbs/05_evaluate.ipynb #e5004b43
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,7 @@ from .calibration import calibration_bins, coverage_at, coverage_curve, expected
 from .classifier import score
 from .advise import Advice, advise, check_gates, write_advice
 from .core import AT_MOST, Parameters, PillSnapError, Stage, append_event, read_events, read_metrics, write_metrics
-from .cutouts import read_looks
+from .cutouts import read_drugs
 from .data import Photos
 from .final import earlier_readings, read_final_test
 from .forecast import Forecast, forecast_metrics, forecast_phone
@@ -49,7 +49,7 @@ def interval(
     "Bootstrap the mean of `values` over clusters."
     return share(values, np.ones(len(values)), clusters, draws, seed)[1]
 
-# %% ../nbs/05_evaluate.ipynb #4ca87f2b
+# %% ../nbs/05_evaluate.ipynb #0df84c12
 RUNGS = {  # rung → split, kinds, what it means
     "random frame": ("frame", ("single", "photo"), "neighbours of these photos were trained on: shows the leak of a random split"),
     "unseen condition": ("test", ("single",), "a light and an angle that training has not seen"),
@@ -58,10 +58,10 @@ RUNGS = {  # rung → split, kinds, what it means
 
 
 def rung_of(name: str, stage: Stage) -> tuple[str, str, tuple[str, ...]]:  # shown name, split, kinds
-    "Name a rung; photos split by session are another session, and beside a studio's they are the phones'."
+    "Name a rung; photos split by session are another session, and beside a studio's they are the phones'; other photos of a session that trained are neither."
     split, kinds, _ = RUNGS[name]
-    shown = {"session": "other session", "mixed": "phone"}.get(stage.split, name) if name == "unseen photo" else name
-    return shown, split, kinds
+    by_session = {"session": "other session", "mixed": "phone" if stage.train_session else name}
+    return (by_session.get(stage.split, name) if name == "unseen photo" else name), split, kinds
 
 # %% ../nbs/05_evaluate.ipynb #2d7ab09a
 def climb(evaluated: Evaluated) -> dict[str, Predictions]:  # rung → predictions, only those the data has
@@ -195,7 +195,7 @@ def mistakes(evaluated: Evaluated, p: Predictions, pills: int) -> tuple[list[np.
     crops = [cut_test_pill(evaluated, r) for r in rows.itertuples()]
     return crops, [f"is {r.k_code}\nsaid {classes[r.pred]}\n{r.confidence:.2f}" for r in rows.itertuples()], (~rows.right).tolist()
 
-# %% ../nbs/05_evaluate.ipynb #8285635b
+# %% ../nbs/05_evaluate.ipynb #c119aadc
 def background_metrics(evaluated: Evaluated, p: Predictions) -> dict[str, float]:
     "Ask the model with every pill covered; near chance is right, above it the background gives drugs away."
     covered = evaluated.predict(p.pills[classifier_pills(evaluated.manifest, "test").columns], CoveredPills)
@@ -208,7 +208,7 @@ def new_ground_metrics(evaluated: Evaluated, work: Path) -> dict[str, Any]:  # e
     pills = classifier_pills(evaluated.manifest, "test", ("single",))
     if pills.empty:
         return {}
-    drugs = read_looks(evaluated.run / "drugs.csv")
+    drugs = read_drugs(evaluated.run / "drugs.csv")
     masks = ensure_masks(pills, Photos(pills, evaluated.roots), drugs, work / "masks")
     if not masks.good.any():
         return {}
@@ -288,7 +288,7 @@ def evaluate_forecast(evaluated: Evaluated, rungs: dict[str, Predictions], work:
     test = Evaluation(evaluated, rungs, {}).test.pills
     return forecast_phone(evaluated, test[classifier_pills(evaluated.manifest, "test").columns], work)
 
-# %% ../nbs/05_evaluate.ipynb #2c5569f4
+# %% ../nbs/05_evaluate.ipynb #db2128cf
 def evaluate_run(run: Path, plan: Parameters) -> Evaluation:
     "Measure a run once, and write its part of the metrics; raises PillSnapError if there is no test pill."
     opened, given = open_run(run, plan), str(plan.given.get("final_test", ""))
@@ -304,15 +304,16 @@ def evaluate_run(run: Path, plan: Parameters) -> Evaluation:
     forecast = evaluate_forecast(evaluated, rungs, plan.settings.work)
     trust, trusted = measure_trust(evaluated, Evaluation(evaluated, rungs, {}).test)
     if given:
-        metrics |= read_final_test(evaluated, ensure_index(evaluated.roots, plan.settings), plan.settings, given)
+        write_metrics(run, "final", read_final_test(evaluated, ensure_index(evaluated.roots, plan.settings), plan.settings, given))
     metrics |= forecast_metrics(forecast)
     metrics |= trusted | more | ({"framing": framing[["cover", "top1", "low", "high"]].T.to_dict()} if framing is not None else {})
+    metrics = tidy(metrics)
     metrics["gates"] = check_gates(evaluated.stage, read_metrics(run) | metrics)
-    write_metrics(run, "evaluate", tidy(metrics))
+    write_metrics(run, "evaluate", metrics)
     advice = advise(run)
     write_metrics(run, "advise", {"advice": {"decision": advice.decision, "confidence": advice.confidence}})
     write_advice(run, advice, plan.settings.reports)
-    return Evaluation(evaluated, rungs, tidy(metrics), outcome, times, framing, trust, advice, forecast)
+    return Evaluation(evaluated, rungs, read_metrics(run), outcome, times, framing, trust, advice, forecast)
 
 # %% ../nbs/05_evaluate.ipynb #adbe000a
 def tidy(value: Any) -> Any:

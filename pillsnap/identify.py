@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['Classify', 'MODES', 'decode_photo', 'open_photo', 'open_photos', 'clean_boxes', 'find_pills', 'check_region',
            'choose_regions', 'cut_pills', 'check_outputs', 'classify_crops', 'Answer', 'Extra', 'read_pills', 'timed',
-           'check_request', 'open_backs', 'identify', 'step_times']
+           'check_request', 'open_backs', 'identify', 'Pipeline', 'step_times']
 
-# %% ../nbs/03f_identify.ipynb #6ec1be7b
+# %% ../nbs/03f_identify.ipynb #d7219d55
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,10 @@ from PIL import UnidentifiedImageError
 from .aihub import UNREADABLE, decode_picture
 from .boxes import DOUBLE_IOU, LEAST_SCORE, Detect, check_pixels, clip_boxes, suppress_doubles
 from .core import PillSnapError, suggest
-from .judge import Hint, Judge, Reading, Verdict, allow, fuse, weigh
+from .judge import Hint, Judge, Reading, Verdict, allow, enrol_drug, fuse, weigh
 from .preprocess import Preprocess, centre_square
 
-# %% ../nbs/03f_identify.ipynb #f3c0ee68
+# %% ../nbs/03f_identify.ipynb #c78f06cf
 Classify = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
@@ -37,12 +38,17 @@ def decode_photo(data: bytes) -> np.ndarray:  # (h, w, 3) uint8 RGB, turned upri
         raise ValueError(f"the photo cannot be read: {reason}") from None
 
 
-def open_photo(photo: np.ndarray | bytes) -> np.ndarray:  # (h, w, 3) uint8 RGB
-    "Take pixels as they are, or decode bytes; raises ValueError for anything else, normalised pixels among it."
+def open_photo(photo: np.ndarray | bytes | str | Path) -> np.ndarray:  # (h, w, 3) uint8 RGB
+    "Take pixels as they are, or decode bytes or a file; raises ValueError for anything else, normalised pixels among it."
+    if isinstance(photo, (str, Path)):
+        try:
+            photo = Path(photo).expanduser().read_bytes()
+        except OSError as e:
+            raise ValueError(f"{photo} cannot be read: {e.strerror}") from None
     if isinstance(photo, (bytes, bytearray, memoryview)):
         return decode_photo(bytes(photo))
     if not isinstance(photo, np.ndarray):
-        raise ValueError(f"a photo is an array or the bytes of a file, not {type(photo).__name__}")
+        raise ValueError(f"a photo is an array, the bytes of a file or its path, not {type(photo).__name__}")
     if photo.dtype != np.uint8:
         raise ValueError(f"pixels are {photo.dtype}: give uint8, 0 to 255, as photographed; normalising comes after the cut")
     if photo.ndim != 3 or photo.shape[2] != 3 or 0 in photo.shape:
@@ -234,6 +240,34 @@ def identify(
         errors = wrong | refused | unread
         verdicts = {place: judge.decide(read_pills(readings, place, added[place], registry), top) for place in boxes if place in readings and place not in errors}
     return [Answer(np.empty((0, 5)), [], errors[i]) if i in errors else Answer(boxes[i], verdicts.get(i, [])) for i in range(len(photos))], seconds
+
+# %% ../nbs/03f_identify.ipynb #269703f9
+@dataclass(frozen=True, eq=False)
+class Pipeline:
+    "What `identify` needs: find pills, name pills, and know what that is worth."
+    detect: Detect
+    classify: Classify
+    judge: Judge
+    pre: Preprocess
+    detect_all: Detect | None = None  # gives boxes of low score too, which mAP needs and `identify` drops
+    registry: pd.DataFrame | None = None  # index K-code, looks; hints need it
+
+    def __call__(self, photos: Sequence[np.ndarray | bytes], mode: str = "single", **more: Any) -> list[Answer]:  # more: top, regions, extras of `identify`
+        "Identify photos."
+        return identify(photos, mode, self.detect, self.classify, self.judge, self.pre, registry=self.registry, **more)[0]
+
+    def enrol(self, k_code: str, photos: Sequence[np.ndarray | bytes], regions: Sequence[Sequence[float] | None] | None = None, pictures: Sequence[str] | None = None) -> "Pipeline":
+        "Add a drug from one to five photos of one pill each, framed as in mode single; raises PillSnapError for a photo that cannot be read."
+        if regions is not None and len(regions) != len(photos):
+            raise PillSnapError(f"{len(regions)} regions for {len(photos)} photos of {k_code}: give one per photo, None for the square in the middle")
+        opened, wrong = open_photos(photos)
+        asked = {i: region for i, region in enumerate(regions or ()) if region is not None}
+        boxes, refused = choose_regions(opened, asked)
+        if wrong | refused or not photos:
+            place, said = min((wrong | refused or {0: "there is none"}).items())
+            raise PillSnapError(f"photo {place + 1} of {k_code}: {said}")
+        crops = np.stack([cut_pills(opened[i], boxes[i], self.pre if i in asked else replace(self.pre, margin=0.0))[0] for i in range(len(photos))])
+        return replace(self, judge=enrol_drug(self.judge, k_code, self.classify(crops)[1], list(pictures or [f"{k_code}, photo {i + 1}" for i in range(len(photos))])))
 
 # %% ../nbs/03f_identify.ipynb #b67b052d
 def step_times(

@@ -33,7 +33,7 @@ from .predictions import Evaluated, cut_test_pill, open_run
 from .train import classifier_pills
 from .viz import image_grid
 
-# %% ../nbs/05b_labels.ipynb #4a434822
+# %% ../nbs/05b_labels.ipynb #29eac1d7
 FOLDS = 5
 
 
@@ -44,9 +44,11 @@ def name_by_others(
     seed: int = 0,
 ) -> np.ndarray:  # (n, classes) probabilities; nan where no other group has the label
     "Name each pill by a model of the pills of other groups."
-    classes, points = int(labels.max()) + 1, unit(features)
+    classes, points, folds = int(labels.max()) + 1, unit(features), min(FOLDS, int(np.bincount(labels).max()))
+    if folds < 2:
+        raise PillSnapError(f"{len(labels)} pills of {len(np.unique(labels))} drugs: no drug has two, so nothing can be said of its labels")
     found = np.full((len(labels), classes), np.nan, np.float32)
-    for train, rest in StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed).split(points, labels, pd.factorize(np.asarray(groups))[0]):
+    for train, rest in StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(points, labels, pd.factorize(np.asarray(groups))[0]):
         model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto").fit(points[train], labels[train])
         rest = rest[np.isin(labels[rest], model.classes_)]
         if len(rest):
@@ -54,8 +56,8 @@ def name_by_others(
             found[np.ix_(rest, model.classes_)] = model.predict_proba(points[rest])
     return found
 
-# %% ../nbs/05b_labels.ipynb #993911a8
-DOUBTED = 0.1  # probability that the network itself gives a label
+# %% ../nbs/05b_labels.ipynb #28a31f52
+DOUBTED = 0.05  # probability that the network itself gives a label
 
 
 def suspect_labels(
@@ -163,18 +165,19 @@ def audit_pills(evaluated: Evaluated) -> tuple[pd.DataFrame, list[dict[str, Any]
         found += [tell("copy", a, f"{pills.k_code[b]} {pills.photo[b]}", row.score, True) for a, b in ((row.place, row.other), (row.other, row.place))]
     return pills, found + [tell("outlier", row.place, "", row.score, False) for row in suspect_outliers(seen.features).itertuples()]
 
-# %% ../nbs/05b_labels.ipynb #d6ffbeac
+# %% ../nbs/05b_labels.ipynb #97e8aec9
 def audit_trays(evaluated: Evaluated) -> tuple[int, list[dict[str, Any]]]:  # photos looked at; suspicions
     "Look for pills without a box on the photos of several; without a detector, none."
     pipeline = open_pipeline(evaluated.run, evaluated.manifest.classes, evaluated.device)
     several = evaluated.manifest.pills[evaluated.manifest.pills.kind != "single"]
     if pipeline is None or several.empty:
         return 0, []
+    learned = set(several.photo[several.split.isin(["train", "val"])])  # what the test split holds is never left out because a model disagrees with it
     groups = [rows for _, rows in several.groupby(["root", "image"], sort=True)]
     read = read_or_none if evaluated.stage.skip_unreadable else lambda pill, roots: read_photo(pill_source(pill, roots))
     photos = ((rows.photo.iloc[0], picture, rows[list("xywh")].to_numpy(float)) for rows in groups if (picture := read(next(rows.itertuples()), evaluated.roots)) is not None)
     found = suspect_boxes(pipeline.detect, photos)
-    return len(groups), [{"what": "box", "photo": row.photo, "k_code": "", "detail": f"{row.x:.0f},{row.y:.0f},{row.w:.0f},{row.h:.0f}", "score": round(row.score, 4), "exclude": True, "place": -1, "box": [row.x, row.y, row.w, row.h]} for row in found.itertuples()]
+    return len(groups), [{"what": "box", "photo": row.photo, "k_code": "", "detail": f"{row.x:.0f},{row.y:.0f},{row.w:.0f},{row.h:.0f}", "score": round(row.score, 4), "exclude": row.photo in learned, "place": -1, "box": [row.x, row.y, row.w, row.h]} for row in found.itertuples()]
 
 
 def audit_labels(run: Path, plan: Parameters) -> Audit:
@@ -185,11 +188,16 @@ def audit_labels(run: Path, plan: Parameters) -> Audit:
     table = pd.DataFrame(found + more, columns=[*COLUMNS, "place", "box"])
     return Audit(evaluated, pills, table, {"label": len(pills), "copy": len(pills), "box": photos, "outlier": len(pills)})
 
-# %% ../nbs/05b_labels.ipynb #4f33d5fa
+# %% ../nbs/05b_labels.ipynb #603f1346
 def write_suspects(audit: Audit, path: Path) -> Path:
-    "Write the suspicions as CSV, whole or not at all; of a photo suspected twice the worst comes first."
+    "Write the suspicions as CSV, whole or not at all; what a person has decided in that file before stays decided, also of photos that are not looked at any more."
+    table = audit.table[COLUMNS]
+    if path.exists():
+        decided = pd.read_csv(path, keep_default_na=False).drop_duplicates("photo").set_index("photo")
+        table = table.assign(exclude=[bool(decided.exclude.get(photo, own)) for photo, own in zip(table.photo, table.exclude)])
+        table = pd.concat([table, decided[decided.exclude & ~decided.index.isin(table.photo)].reset_index()[COLUMNS]], ignore_index=True)
     with atomic_path(path) as part:
-        audit.table[COLUMNS].sort_values("exclude", ascending=False, kind="stable").to_csv(part, index=False)
+        table.sort_values("exclude", ascending=False, kind="stable").to_csv(part, index=False)
     return path
 
 # %% ../nbs/05b_labels.ipynb #a56a963a

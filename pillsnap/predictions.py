@@ -7,7 +7,7 @@ __all__ = ['MAY_CHANGE', 'POOL', 'ENOUGH', 'MOST_DAMAGED', 'Predictions', 'Cover
            'evaluation_stage', 'open_run', 'name_picture', 'some_of_each', 'manifest_strangers', 'with_judge', 'Trust',
            'find_strangers', 'measure_trust', 'cut_test_pill']
 
-# %% ../nbs/04d_predictions.ipynb #c1d323c3
+# %% ../nbs/04d_predictions.ipynb #ab4bc1e9
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,13 +24,13 @@ from .data import Photos, PillDataset, stage_batches
 from .judge import Judge, Outputs, Reading, fit_judge, save_judge, trusting
 from .manifest import Manifest, load_manifest, unit_hash
 from .pipeline import hash_file, is_smoke
-from .preprocess import Preprocess, cover_pill
+from .preprocess import Preprocess, cover_pill, cut_square
 from .train import classifier_pills
 from .trees import SMOKE
 from .trust import draw_nothing, draw_strangers, measure_damage, pair_sides, side_metrics, unknown_table
 from .unknowns import auroc, false_accepts
 
-# %% ../nbs/04d_predictions.ipynb #0ab1d901
+# %% ../nbs/04d_predictions.ipynb #75686b65
 @dataclass(frozen=True)
 class Predictions:
     "Predictions for some pills of a manifest."
@@ -51,7 +51,7 @@ class CoveredPills(PillDataset):
     "The same pills with the pill covered: what is left is background."
 
     def cut(self, photo: np.ndarray, box: list[float], row: int) -> np.ndarray:
-        return cover_pill(super().cut(photo, box, row), self.pre.margin)
+        return self.pre.finish(cover_pill(cut_square(photo, box, self.pre.margin, self.pre.size), self.pre.margin))
 
 
 @dataclass(eq=False)
@@ -95,8 +95,8 @@ class Evaluated:
         answers = {"pred": top[:, 0], "confidence": p.max(1), "right": top[:, 0] == labels, "right5": (top == labels[:, None]).any(1), "known": self.judge.knows(reading)}
         return Predictions(pills.iloc[found.rows].assign(**answers).reset_index(drop=True), p, score(reading.log_p, labels), len(found.skipped), reading, softmax(found.logits))
 
-# %% ../nbs/04d_predictions.ipynb #b42029ce
-MAY_CHANGE = ("skip_unreadable", "loader", "workers", "prefetch", "pin", "batch", "gates", "hours")
+# %% ../nbs/04d_predictions.ipynb #517521ea
+MAY_CHANGE = ("skip_unreadable", "loader", "workers", "prefetch", "pin", "batch", "gates", "floors", "hours")
 
 
 def evaluation_stage(trained: Stage, plan: Parameters) -> Stage:
@@ -188,7 +188,7 @@ def find_strangers(evaluated: Evaluated) -> dict[str, tuple[Reading, Sequence[An
     nothing = draw_nothing(evaluated.pre)
     return found | {"no pill": (judge.read(*evaluated.classify(nothing)), range(len(nothing)))}
 
-# %% ../nbs/04d_predictions.ipynb #c153f59d
+# %% ../nbs/04d_predictions.ipynb #75e9e48a
 def measure_trust(evaluated: Evaluated, test: Predictions) -> tuple[Trust, dict[str, Any]]:
     "Measure unknown pills, two photos and damaged ones."
     strangers = find_strangers(evaluated)
@@ -201,8 +201,10 @@ def measure_trust(evaluated: Evaluated, test: Predictions) -> tuple[Trust, dict[
         metrics |= {"unknown_auroc": auroc(test.reading.score, scores), "unknown_far95": false_accepts(test.reading.score, scores), "unknown_on": ", ".join(own), "unknown_pills": len(scores)}
     metrics |= side_metrics(test.reading, test.pills.label.to_numpy(), *pair_sides(test.pills), test.clusters)
     few = test.pills.iloc[np.unique(np.linspace(0, len(test.pills) - 1, MOST_DAMAGED).astype(int))]
-    crops = np.stack([cut_test_pill(evaluated, pill) for pill in few.itertuples()])
-    damage = measure_damage(evaluated.classify, evaluated.judge, crops, few.label.to_numpy(), test.clusters[few.index])
+    plain = replace(evaluated, pre=replace(evaluated.pre, clahe=0.0))  # a photo is damaged before its contrast is evened out
+    crops = np.stack([cut_test_pill(plain, pill) for pill in few.itertuples()])
+    finished = lambda hurt: evaluated.classify(np.stack([evaluated.pre.finish(crop) for crop in hurt]))
+    damage = measure_damage(finished, evaluated.judge, crops, few.label.to_numpy(), test.clusters[few.index])
     worst = damage[damage.step == 2]
     return Trust(strangers, table, damage), metrics | {"damage_top1": {row.kind: row.top1 for row in worst.itertuples()}, "damage_wrong_accepted": float(damage.wrong_accepted.max())}
 

@@ -207,11 +207,11 @@ def summarise_detector(run: Path, record: dict[str, Any], metrics: dict[str, Any
             "incomplete trays in the data": f"{record['incomplete_trays']}, of which {counts['train_masked']} train masked",
             "its best epoch": f"{metrics['detector_best_epoch']} of {metrics['detector_epochs']}", "val_map50": metrics["val_map50"], "val_map50_95": metrics["val_map50_95"]}
 
-# %% ../nbs/03eb_records.ipynb #8673a5f3
+# %% ../nbs/03eb_records.ipynb #3f734c1b
 COMPARED = ("classifier_steps", "val_top1", "test_top1", "tray_pill_top1", "new_ground_top1", "detector_steps", "val_map50", "det_map50", "tray_exact", "train_hours")
 
 
-SILENT = ("name", "gates", "hours", "loader", "workers", "prefetch", "pin", "tensorboard", "wandb", "hard", "checkpoint_minutes", "keep_top")  # fields that change no weight
+SILENT = ("name", "gates", "floors", "hours", "loader", "workers", "prefetch", "pin", "tensorboard", "wandb", "hard", "checkpoint_minutes", "keep_top")  # fields that change no weight
 
 
 def compare_runs(settings: Settings, key: str, most: int = 6) -> pd.DataFrame | None:  # index: run, newest last; None with fewer than two

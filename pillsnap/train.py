@@ -13,7 +13,7 @@ __all__ = ['STRANGERS', 'PATCHES', 'prepare_run', 'write_inputs', 'list_empty', 
            'training_command', 'follow', 'train_stage', 'training_lock', 'train_now', 'live_line', 'ensure_run',
            'show_batch', 'show_detector_photos', 'read_boxes']
 
-# %% ../nbs/04_train.ipynb #4fa13189
+# %% ../nbs/04_train.ipynb #36add73c
 import contextlib
 import math
 import os
@@ -42,7 +42,7 @@ from .classifier import build_classifier, model_preprocess, predict, save_classi
 from .compose import ComposeSettings, make_composer, write_trays
 from .core import (Parameters, PillSnapError, Stage, append_event, describe_run, epoch_line, find_run, list_runs, load_settings, lock, new_run, pick_device,
                            read_events, read_json, run_state, stale_modules, tail_events, write_json, write_metrics)
-from .cutouts import Bank, bank_of_manifest, leave_out, look_up_drugs, read_looks
+from .cutouts import Bank, bank_of_manifest, leave_out, look_up_drugs, read_drugs
 from .data import Cache, CacheCut, Photos, PillDataset, batches, choose_kind, ensure_cache, epoch_order, plan_cut, stage_batches
 from .detector import build_network, train_detector
 from .diary import Write, find_hard, open_logs, write_hard
@@ -104,12 +104,12 @@ def list_empty(index: Index, stage: Stage) -> pd.DataFrame:  # columns PLACE, ph
     found = pd.concat([find_empty(images, split).assign(split=split) for split in ("train", "val")])
     return found.iloc[np.sort(np.argsort(unit_hash(found.photo, "empty"))[: stage.images])]
 
-# %% ../nbs/04_train.ipynb #15cddf7e
+# %% ../nbs/04_train.ipynb #b85b9b25
 def fits(run: Path, stage: Stage, manifest: Manifest) -> str:  # "" or what differs
     "Say how a run's stage or manifest differs from what is asked for now."
     record = read_json(run / "run.json")
-    here, there = asdict(stage), record["stage"]
-    differ = [f"{k}: {there.get(k)!r} there, {here[k]!r} here" for k in here if there.get(k) != here[k]]
+    here, there = asdict(stage), asdict(Stage(**record["stage"]))  # fields that are newer than the run have their defaults
+    differ = [f"{k}: {there[k]!r} there, {here[k]!r} here" for k in here if there[k] != here[k] and k not in ("gates", "floors", "hours")]
     if record["manifest_hash"] != manifest.hash:
         differ.append(f"manifest: {record['manifest_hash']} there, {manifest.hash} here")
     return "; ".join(differ)
@@ -170,7 +170,7 @@ def classifier_pills(
     pills = manifest.pills
     return pills[(pills.split == split) & pills.kind.isin(kinds) & (pills.label >= 0)].reset_index(drop=True)
 
-# %% ../nbs/04_train.ipynb #63db27e3
+# %% ../nbs/04_train.ipynb #cdb38210
 @dataclass(frozen=True)
 class RunFolder:
     "A run folder, opened for training."
@@ -182,8 +182,8 @@ class RunFolder:
     ranks: Ranks = Ranks()
 
     @property
-    def drugs(self) -> pd.DataFrame:  # index K-code; LOOKS
-        return read_looks(self.run / "drugs.csv")
+    def drugs(self) -> pd.DataFrame:  # index K-code; TOLD
+        return read_drugs(self.run / "drugs.csv")
 
     def bank(self) -> Bank:
         "Return the cut-outs of the training singles."
@@ -614,7 +614,7 @@ def describe_job(opened: RunFolder, job: Job | None) -> dict[str, Any]:
     return both | {"epochs": job.stage.epochs, "from_epoch": job.training.epoch, "train_pills": len(job.train), "val_pills": len(job.val), "classes": len(job.manifest.classes), "from_step": job.training.step, "started_from": job.stage.start_from, "drugs_taken_over": job.taken,
                    "relaid": round(float(relaid), 4), "precision": str(job.training.precision or torch.float32).removeprefix("torch.")}
 
-# %% ../nbs/04_train.ipynb #2988813d
+# %% ../nbs/04_train.ipynb #884f4517
 def training_metrics(opened: RunFolder, job: Job | None) -> dict[str, Any]:
     "Collect the training's part of the run's metrics, from its events."
     report, run = opened.manifest.report, opened.run
@@ -622,8 +622,10 @@ def training_metrics(opened: RunFolder, job: Job | None) -> dict[str, Any]:
     seconds = sum(e["prepare_seconds"] for e in read_events(run, "start"))
     if job:
         epochs, best = read_events(run, "epoch"), job.training.best
-        seen = epoch_order(len(job.train), opened.stage.seed, 0)[: job.training.pills]
-        metrics |= {"seen_images": len(seen), "seen_classes": len(np.unique(job.train.labels[seen])), "epochs": job.training.epoch, "best_epoch": best["epoch"], **{k: best[k] for k in ("val_top1", "val_top5", "val_macro_f1")}, "train_pills": len(job.train),
+        seen, chances = [], chances_of(job)
+        for epoch in range(max(1, job.training.epoch) if chances is not None else 1):
+            seen = np.union1d(seen, epoch_order(len(job.train), opened.stage.seed, epoch, chances)[: job.training.pills]).astype(int)
+        metrics |= {"seen_images": job.train.pills.photo.iloc[seen].nunique(), "capped": job.over(job.training.seconds), "seen_classes": len(np.unique(job.train.labels[seen])), "epochs": job.training.epoch, "best_epoch": best["epoch"], **{k: best[k] for k in ("val_top1", "val_top5", "val_macro_f1")}, "train_pills": len(job.train),
                     "skipped_files": len({e["file"] for e in read_events(run, "skipped")}), "classifier_steps": job.training.step, "train_images_per_s": float(np.median([e["images_per_s"] for e in epochs]))}
         seconds += sum(e["seconds"] for e in epochs)
     if opened.stage.strategy != "classifier":

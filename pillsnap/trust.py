@@ -48,7 +48,7 @@ def draw_strangers(
              "other drugs": [x for x in new if (x.shape, x.colours) not in faces], "drugs of another hand": make_looks(each, seed + 1000)}
     return {kind: draw_pills(some[:each], pre, shape) for kind, some in kinds.items() if some}
 
-# %% ../nbs/04c_trust.ipynb #11cc35c0
+# %% ../nbs/04c_trust.ipynb #b7a38246
 def draw_pills(looks: Sequence[Any], pre: Preprocess, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     "Draw some views of each look, and cut them."
     crops, drugs = [], []
@@ -63,7 +63,7 @@ def draw_pills(looks: Sequence[Any], pre: Preprocess, shape: tuple[int, int]) ->
 def draw_nothing(pre: Preprocess, number: int = 64, seed: int = 5) -> np.ndarray:  # (number, s, s, 3)
     "Cut pieces of drawn grounds, with no pill on them."
     stock, rng = draw_kinds(list(DRAWN), seed), np.random.default_rng(seed)
-    return np.stack([take_patch(stock, pre.size, rng) for _ in range(number)])
+    return np.stack([pre.finish(take_patch(stock, pre.size, rng)) for _ in range(number)])
 
 # %% ../nbs/04c_trust.ipynb #0447f1c0
 def trust_metrics(
