@@ -22,7 +22,7 @@ setup(
     packages=find_packages(include=["pillsnap", "pillsnap.*"]),
     package_data={"pillsnap": ["static/*"]},
     python_requires=f">={cfg['min_python']}",
-    install_requires=cfg["requirements"].split(),
-    extras_require={"train": cfg["train_requirements"].split() + onnxruntime, "dev": cfg["dev_requirements"].split()},
+    install_requires=cfg["requirements"].split() + onnxruntime,
+    extras_require={"train": cfg["train_requirements"].split(), "dev": cfg["dev_requirements"].split()},
     entry_points={"console_scripts": [cfg["console_scripts"]]},
 )

@@ -56,8 +56,8 @@ def name_by_others(
             found[np.ix_(rest, model.classes_)] = model.predict_proba(points[rest])
     return found
 
-# %% ../nbs/05b_labels.ipynb #28a31f52
-DOUBTED = 0.05  # probability that the network itself gives a label
+# %% ../nbs/05b_labels.ipynb #993911a8
+DOUBTED = 0.1  # probability that the network itself gives a label
 
 
 def suspect_labels(

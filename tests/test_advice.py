@@ -1,5 +1,7 @@
-"""After a stage, from the command line: the decision as an exit status and a file, the way on for a person who decides otherwise, suspects that a manifest leaves out, a final test that is read once."""
+"""After a stage, from the command line: the decision as an exit status and a file, the way on for a person who decides otherwise, suspects that a manifest leaves out, a final test that is read once, and the bundle that serves."""
+import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -7,7 +9,7 @@ import pandas as pd
 import pytest
 
 from conftest import PROJECT
-from pillsnap.core import read_events, read_json
+from pillsnap.core import PillSnapError, read_events, read_json
 
 FIELDS = "images=60 classes=4 epochs=2 size=32 batch=16 workers=0 strategy=classifier backgrounds=0 tray_share=0"
 
@@ -90,3 +92,56 @@ def test_the_final_test_is_read_once(done):
     again = call("run", "evaluate", *given[2:], "--final-test", key)
     assert again.returncode == 1 and "cannot be read again" in again.stderr
     assert len(read_json(folder / f"work/final/{key}.json")["readings"]) == 1
+
+
+SERVE = """
+import sys
+from pathlib import Path
+from pillsnap.bundle import open_bundle
+bundle, photo = open_bundle(Path(sys.argv[1])), Path(sys.argv[2])
+answers = bundle([photo, str(photo), photo.read_bytes()], "single")
+assert len({tuple(answer.k_codes) for answer in answers}) == 1 and not any(answer.error for answer in answers)
+loaded = {"torch", "timm", "ultralytics", "sklearn", "matplotlib", "albumentations"} & set(sys.modules)
+assert not loaded, loaded
+print(answers[0].k_codes[0])
+"""
+
+
+def test_a_bundle_serves_without_torch_and_is_checked_when_opened(done, tree, tmp_path):
+    "Exported, identified from the command line and from Python; then one byte is changed, one file is missing, and nothing is answered."
+    folder, call, given, _ = done
+    assert call("run", "export", *given[2:]).returncode == 0
+    bundle = (folder / "work/bundles/latest").resolve()
+    photo = next(tree.rglob("*single*/*/*.png"))
+    served = subprocess.run([sys.executable, "-c", SERVE, str(bundle), str(photo)], capture_output=True, text=True, cwd=tmp_path, env=os.environ)
+    assert served.returncode == 0, served.stderr
+    told = call("identify", str(photo), str(tmp_path / "none.png"), "--json")
+    first, second = json.loads(told.stdout)
+    assert told.returncode == 1 and first["pills"][0]["top"][0]["k_code"] == served.stdout.strip() and "cannot be read" in second["error"]
+    assert first["pills"][0]["top"][0]["item_seq"] > 990_000_000 and first["bundle"] in bundle.name
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    data = bytearray((copy / "classifier.onnx").read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / "classifier.onnx").write_bytes(data)
+    refused = call("identify", str(photo), "--bundle", str(copy))
+    assert refused.returncode == 1 and "classifier.onnx was changed" in refused.stderr
+    (copy / "judge.npz").unlink()
+    (copy / "classifier.onnx").write_bytes((bundle / "classifier.onnx").read_bytes())
+    assert "judge.npz is not there" in call("identify", str(photo), "--bundle", str(copy)).stderr
+
+
+def test_a_network_that_answers_otherwise_is_not_published(done, monkeypatch):
+    "The exported graph is given another offset: the comparison finds it, and `latest` stays what it was."
+    from pillsnap import export
+    from pillsnap.core import Parameters, Stage, load_settings
+
+    folder, *_ = done
+    run = next((folder / "work/runs/stage_0-tiny").iterdir())
+    settings = load_settings({"PILLSNAP_WORK": str(folder / "work"), "PILLSNAP_DEVICE": "cpu"})
+    before = os.readlink(folder / "work/bundles/latest"), sorted(path.name for path in (folder / "work/bundles").iterdir())
+    make = export.PixelClassifier.__init__
+    monkeypatch.setattr(export.PixelClassifier, "__init__", lambda self, model, pre: (make(self, model, pre), self.offset.add_(0.5))[0])
+    with pytest.raises(PillSnapError, match="nothing was published: .*logit_mse"):
+        export.export_run(run, Parameters(Stage(**read_json(run / "run.json")["stage"]), [], settings, {"level": "smoke"}))
+    assert before == (os.readlink(folder / "work/bundles/latest"), sorted(path.name for path in (folder / "work/bundles").iterdir()))
