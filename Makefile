@@ -1,4 +1,4 @@
-# make demo    set up, draw data, run explore → manifest → train → evaluate, write reports
+# make demo    set up, draw data, run explore → manifest → train → evaluate → export, write reports, identify one tray
 # make test    set up, then every check of the project
 # make lab     set up, then JupyterLab on the notebooks
 # make pushin DATA=FOLDER    the same four notebooks on real phone photos in a YOLO folder
@@ -24,7 +24,9 @@ $(READY): settings.ini setup.py constraints.txt
 	@touch $@
 
 demo: $(READY)
-	@set -e; start=$$SECONDS; for notebook in explore manifest train evaluate; do $(BIN)/pillsnap run $$notebook --stage 0; done; \
+	@set -e; start=$$SECONDS; for notebook in explore manifest train evaluate export; do $(BIN)/pillsnap run $$notebook --stage 0; done; \
+	photo=$$(find "$${PILLSNAP_WORK:-work}"/synthetic -name 'K-*_2_0_2_90_000_200.png' | sort | head -1); \
+	echo; echo "pillsnap identify $$photo --mode combination"; $(BIN)/pillsnap identify "$$photo" --mode combination; \
 	echo; echo "Done in $$((SECONDS - start)) s. Look at $(CURDIR)/reports/index.html"
 
 # Each step's time is printed; `tests/README.md` says what belongs where so that the whole stays within 20 minutes on two cores.

@@ -286,7 +286,7 @@ def write_tensorboard(run: Path, advice: Advice) -> None:
         writer.add_scalar("stage_evaluation/confidence", advice.confidence)
         writer.add_text("stage_evaluation/advice", "  \n".join([f"**{advice.decision}** (confidence {advice.confidence:.2f})", *advice.reasons, *(f"{option.what}: `{option.command}`" for option in advice.options)]))
 
-# %% ../nbs/04e_advise.ipynb #76429c36
+# %% ../nbs/04e_advise.ipynb #859f0795
 def advice_table(advice: Advice) -> pd.DataFrame:
     "Show decision, confidence and reasons."
     rows = [("advice", advice.decision), ("confidence", f"{advice.confidence:.2f}"), *(("because", reason) for reason in advice.reasons)]
@@ -295,14 +295,14 @@ def advice_table(advice: Advice) -> pd.DataFrame:
 
 def check_table(advice: Advice) -> pd.DataFrame:  # index: check
     "Show the checks that no gate makes up for."
-    return pd.DataFrame([{"check": check["name"], "value": check["value"], "limit": check["limit"], "": "passed" if check["passed"] else "FAILED", "of what": check["why"]} for check in advice.checks]).set_index("check")
+    return pd.DataFrame([{"check": check["name"], "value": check["value"], "limit": check["limit"], "": "passed" if check["passed"] else "FAILED", "of what": check["why"]} for check in advice.checks]).set_index("check").rename_axis(None)
 
 
 def option_table(advice: Advice) -> pd.DataFrame | str:  # index: field
     "Show what could be tried, best first, and the commands of the next stage."
     rows = [{"what": option.field, "try": option.what, "because": option.why, "command": option.command} for option in advice.options]
     rows += [{"what": "next stage", "try": f"stage {advice.next_stage['stage']}", "because": "the person decides", "command": command} for command in advice.next_stage.get("commands", [])]
-    return pd.DataFrame(rows).set_index("what") if rows else "nothing in the record points anywhere"
+    return pd.DataFrame(rows).set_index("what").rename_axis(None) if rows else "nothing in the record points anywhere"
 
 # %% ../nbs/04e_advise.ipynb #3fd7bb7f
 def advice_history(settings: Settings) -> pd.DataFrame:  # columns time, stage, run, decision, confidence, why; oldest first

@@ -326,13 +326,13 @@ def tidy(value: Any) -> Any:
         return round(float(value), 5) if np.isfinite(value) else None
     return int(value) if isinstance(value, np.integer) else value
 
-# %% ../nbs/05_evaluate.ipynb #fa7055db
+# %% ../nbs/05_evaluate.ipynb #c2a8e4b2
 def gate_table(metrics: dict[str, Any]) -> pd.DataFrame:  # index: gate
     "Show the gates."
     words = {True: "passed", False: "FAILED", None: "not measured"}
     rows = [{"gate": g["name"], "value": "–" if g["value"] is None else g["value"], "95 % interval": f"{g['interval'][0]:.3f} to {g['interval'][1]:.3f}" if g["interval"] and None not in g["interval"] else "",
              "target": ("≤ " if g["name"] in AT_MOST else "≥ ") + str(g["target"]), "margin": "" if g["margin"] is None else f"{g['margin']:+.3f}", "": words[g["passed"]]} for g in metrics["gates"]]
-    return pd.DataFrame(rows).set_index("gate")
+    return pd.DataFrame(rows).set_index("gate").rename_axis(None)
 
 
 def metric_table(metrics: dict[str, Any]) -> pd.DataFrame:

@@ -187,7 +187,7 @@ class Known:
     bad: frozenset = frozenset()  # rows that cannot be used
     lacking: frozenset = frozenset()  # drugs left without a photo in some split
 
-# %% ../nbs/02_manifest.ipynb #a2d1ef3a
+# %% ../nbs/02_manifest.ipynb #b0850d0c
 def choose_classes(images: pd.DataFrame, pills: pd.DataFrame, stage: Stage, known: Known) -> tuple[list[str], list[str]]:  # in order of choice; left out
     "Choose the class list; raises PillSnapError if the data has too few drugs and `allow_short` is not set."
     if stage.split == "condition":
@@ -202,7 +202,7 @@ def choose_classes(images: pd.DataFrame, pills: pd.DataFrame, stage: Stage, know
         wanted = read_allowed(stage)
         order, left_out = [c for c in wanted.index if c in set(order)], sorted(set(wanted.index) - set(order))
         if left_out and not stage.allow_short:
-            raise PillSnapError(f"{stage.key}: {len(left_out)} drugs of {stage.allow} have no photos in train and test, first {left_out[0]}: add photos, take them off the list, or set allow_short=true")
+            raise PillSnapError(f"{stage.key}: {len(left_out)} drugs of {stage.allow} have no photos that may train, first {left_out[0]}: add photos, take them off the list, or set allow_short=true")
     elif stage.stage == "narrow":
         raise PillSnapError('stage narrow needs the list of its drugs: overrides="allow=FILE.csv", with a column k_code')
     if len(order) < stage.classes and not stage.allow_short:
@@ -241,14 +241,14 @@ def read_allowed(stage: Stage) -> pd.DataFrame:  # index k_code, in order of use
         raise PillSnapError(f"allow={stage.allow} names {len(found)} drugs, classes={stage.classes}: raise classes, shorten the list, or give a column `uses`, of which the first count")
     return found.head(stage.classes).assign(weight=lambda t: t.weight.fillna(1.0))[["weight"]]
 
-# %% ../nbs/02_manifest.ipynb #37dbfc48
+# %% ../nbs/02_manifest.ipynb #68529ac2
 def rank_mixed(images: pd.DataFrame, pills: pd.DataFrame) -> tuple[list[str], list[str]]:  # drugs in order of choice, drugs left out
-    "Order the drugs of studio and phone photos: those with a photo of either kind in train and in test, most phone photos first."
+    "Order the drugs of studio and phone photos: those with a photo of either kind in train, most phone photos first. A drug without one in test is learned and not measured."
     usable = images[images.usable & (images.kind == "single") & (images.part != "val")]
     studio = usable[["codes", "split"]].astype(str).rename(columns={"codes": "k_code"})
     phone = pd.DataFrame({"k_code": pills.k_code.astype(str), "split": images.split.astype(str).to_numpy()[pills.row]})[(images.kind == "photo").to_numpy()[pills.row]]
     seen = pd.concat([studio, phone]).drop_duplicates()
-    whole = set(seen.k_code[seen.split == "train"]) & set(seen.k_code[seen.split == "test"])
+    whole = set(seen.k_code[seen.split == "train"])
     order = pd.DataFrame({"phone": phone.k_code.value_counts().reindex(sorted(whole)).fillna(0), "hash": unit_hash(pd.Series(sorted(whole), dtype=object), "class")}, index=sorted(whole))
     return order.sort_values(["phone", "hash"], ascending=[False, True]).index.tolist(), sorted(set(seen.k_code) - whole)
 
