@@ -27,7 +27,7 @@ from .preprocess import Preprocess, check_golden, golden_photo, golden_vector
 if TYPE_CHECKING:
     import onnxruntime
 
-# %% ../nbs/03h_bundle.ipynb #9a062621
+# %% ../nbs/03h_bundle.ipynb #1f63ec94
 DECIDES = ("answer.json", "classifier.onnx", "detector.onnx", "judge.npz", "registry.csv")  # files that decide an answer; without a detector four
 SUMS = "SHA256SUMS"
 
@@ -43,7 +43,7 @@ def write_sums(folder: Path) -> None:
     names = sorted(path.name for path in folder.iterdir() if path.name != SUMS)
     (folder / SUMS).write_text("".join(f"{file_sum(folder / name)}  {name}\n" for name in names), "utf-8")
 
-
+# %% ../nbs/03h_bundle.ipynb #ed3aa740
 def check_sums(folder: Path) -> dict[str, str]:  # file → its checksum
     "Check a bundle's files; raises PillSnapError that names one that is missing, changed or not listed."
     try:
@@ -65,7 +65,7 @@ def bundle_hash(sums: Mapping[str, str]) -> str:  # 16 hexadecimal digits
     "Hash what decides an answer."
     return content_hash({name: sums[name] for name in DECIDES if name in sums})
 
-# %% ../nbs/03h_bundle.ipynb #8834f3f6
+# %% ../nbs/03h_bundle.ipynb #17c77342
 PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
 
 
@@ -93,12 +93,12 @@ def classify_with(session: "onnxruntime.InferenceSession", crops: np.ndarray) ->
     parts = [session.run(["logits", "features"], {"crops": crops[i : i + MOST_CROPS]}) for i in range(0, len(crops), MOST_CROPS)]
     return tuple(np.concatenate(column) for column in zip(*parts))
 
-
+# %% ../nbs/03h_bundle.ipynb #4208242e
 def detect_with(session: "onnxruntime.InferenceSession", squares: np.ndarray) -> np.ndarray:  # (b, s, s, 3) uint8 → (b, 5, n) float32
     "Run an exported detector."
     return session.run(["boxes"], {"squares": squares})[0]
 
-# %% ../nbs/03h_bundle.ipynb #5c517c42
+# %% ../nbs/03h_bundle.ipynb #94aa2c0f
 GOLDEN_WITHIN = 0.05  # of a logit: other processors and providers add up in another order
 
 
@@ -119,7 +119,7 @@ class Bundle:
     def classes(self) -> list[str]:
         return self.answer["classes"]
 
-
+# %% ../nbs/03h_bundle.ipynb #0cd867e9
 def read_preprocess(config: Mapping[str, Any]) -> Preprocess:
     "Read the preprocessing back; raises PillSnapError if this version would cut other pixels."
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items() if name in Preprocess.__dataclass_fields__}
@@ -134,7 +134,7 @@ def read_registry(path: Path) -> pd.DataFrame:  # index K-code
     table = pd.read_csv(path, dtype="str", keep_default_na=False).set_index("k_code")
     return table.assign(**{name: pd.to_numeric(table[name]) for name in table if name.endswith("_mm")})
 
-
+# %% ../nbs/03h_bundle.ipynb #9f7944e5
 def open_bundle(folder: Path, device: str = "cpu", threads: int = 0) -> Bundle:
     "Open a bundle and check it; raises PillSnapError that names what is wrong with it."
     folder = Path(folder).expanduser().resolve()

@@ -207,7 +207,7 @@ def publish(out: Path, key: str, settings: Settings, run: Path | None) -> Path:
     write_index(settings.reports)
     return page
 
-# %% ../nbs/10_cli.ipynb #60f564e5
+# %% ../nbs/10_cli.ipynb #5127191a
 FILES = ("allow", "exclude", "weights", "detector_weights", "start_from")  # fields of a stage that name a file
 
 
@@ -225,7 +225,7 @@ def absolute_paths(given: dict[str, Any]) -> dict[str, Any]:
              "overrides": absolute_fields}
     return given | {name: make(given[name]) for name, make in paths.items() if given.get(name)}
 
-
+# %% ../nbs/10_cli.ipynb #e0e81d13
 def read_ahead(notebook: Path, stage: Stage, given: dict[str, Any], settings: Settings) -> None:
     "Do the long reading of data here, where a terminal shows its progress; the notebook then finds it done, and reports what is wrong."
     if notebook.stem not in (NOTEBOOKS["explore"], NOTEBOOKS["manifest"]) or not sys.stderr.isatty():
@@ -499,7 +499,7 @@ def do_steps(steps: list[str]) -> int:  # exit status
             return status
     return 0
 
-# %% ../nbs/10_cli.ipynb #08f25072
+# %% ../nbs/10_cli.ipynb #60e10384
 @app.command(name="identify")
 def identify_photos(
     photos: Annotated[list[Path], typer.Argument(help="Photos: JPEG, PNG, BMP or WebP.")],
@@ -533,7 +533,7 @@ def identify_photos(
     print(json.dumps(described, ensure_ascii=False, indent=2) if as_json else "\n".join(line for one in described for line in tell_answer(one)))
     raise typer.Exit(1 if any(one["error"] for one in described) else 0)
 
-
+# %% ../nbs/10_cli.ipynb #5b4e36e8
 def read_region(text: str) -> list[float] | None:
     "Read x,y,w,h; raises PillSnapError for anything else."
     if not text:

@@ -70,7 +70,7 @@ def write_graph(model: nn.Module, size: int, path: Path, given: str, gives: Sequ
         warnings.simplefilter("ignore")  # the tracer warns of every shape that it takes for a constant
         torch.onnx.export(model.cpu().eval(), (example,), str(path), input_names=[given], output_names=list(gives), dynamic_axes={name: {0: "n"} for name in (given, *gives)}, opset_version=17, dynamo=False)
 
-# %% ../nbs/06_export.ipynb #b9456c9b
+# %% ../nbs/06_export.ipynb #699b8451
 LIMITS = {"top1_agreement": (1.0, "at least"), "logit_mse_mean": (1e-4, "at most"), "logit_mse_p99": (5e-4, "at most"), "box_iou": (0.99, "at least"), "delta_top1": (0.005, "at most"), "delta_map50": (0.01, "at most")}
 SMALLER = {"top1_agreement": (0.98, "at least"), "delta_top1": (0.005, "at most")}  # for half precision and integers
 SAMPLES = {"smoke": 32, "coverage": 5000, "full": 10**9}  # pills at most
@@ -91,7 +91,7 @@ def compare_logits(ours: np.ndarray, theirs: np.ndarray, labels: np.ndarray) -> 
     a, b = ours.argmax(1), theirs.argmax(1)
     return {"pills": len(labels), "top1_agreement": float((a == b).mean()), "logit_mse_mean": float(mse.mean()), "logit_mse_p99": float(np.quantile(mse, 0.99)), "delta_top1": float(abs((a == labels).mean() - (b == labels).mean()))}
 
-
+# %% ../nbs/06_export.ipynb #db7ec144
 def compare_boxes(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:  # least overlap of a box with its like; 0 where one has more
     "Compare two detectors' boxes on the same photos."
     worst = 1.0
@@ -106,7 +106,7 @@ def check_parity(found: dict[str, float], limits: dict[str, tuple[float, str]]) 
     "Hold a comparison against its limits."
     return [{"name": name, "value": found[name], "limit": limit, "side": side, "passed": bool(found[name] >= limit if side == "at least" else found[name] <= limit)} for name, (limit, side) in limits.items() if name in found]
 
-# %% ../nbs/06_export.ipynb #ace9318a
+# %% ../nbs/06_export.ipynb #dd6804a0
 WARM_UPS, RUNS = 20, 200
 
 
@@ -132,7 +132,7 @@ class Crops:
         part = next(self.parts, None)
         return None if part is None else {"crops": part}
 
-
+# %% ../nbs/06_export.ipynb #d59366f1
 def make_forms(path: Path, crops: np.ndarray) -> Iterator[tuple[str, Path]]:  # name, file
     "Make the other forms of a classifier that can be made here."
     import onnx
@@ -199,7 +199,7 @@ def write_card(metrics: dict[str, Any], answer: dict[str, Any], key: str, run: s
                       "A research tool, not a medical device: never decide on a medicine by its answer. Below its threshold an answer is \"unknown\", and then its candidates are only that.", "",
                       "| measured | value | 95 % interval |", "|---|---|---|", *rows, "", f"Gates: {gates or 'none'}. The headline is {metrics.get('headline', {}).get('rung', 'not measured')}; photos unlike those measured will do worse.", ""])
 
-# %% ../nbs/06_export.ipynb #143ec42d
+# %% ../nbs/06_export.ipynb #5d8db56c
 def export_networks(evaluated: Evaluated, folder: Path) -> dict[str, Any] | None:  # how the detector is run; None without one
     "Write the run's networks."
     write_graph(PixelClassifier(evaluated.model, evaluated.pre), evaluated.pre.size, folder / "classifier.onnx", "crops", ["logits", "features"])
@@ -224,7 +224,7 @@ def compare_run(evaluated: Evaluated, folder: Path, level: str, device: str) -> 
         found["box_iou"] = compare_boxes(ours, run_detector(network, photos, detector.size, detector.threshold, detector.overlap))
     return found, crops, labels
 
-
+# %% ../nbs/06_export.ipynb #bf8461fe
 def some_photos(evaluated: Evaluated, most: int) -> list[np.ndarray]:
     "Read photos of several pills, or whatever photos the evaluation has."
     pills = evaluated.manifest.pills
@@ -234,7 +234,7 @@ def some_photos(evaluated: Evaluated, most: int) -> list[np.ndarray]:
     rows = np.unique(np.linspace(0, len(photos) - 1, min(most, len(photos))).astype(int))
     return [read_photo(pill_source(pill, evaluated.roots)) for pill in photos.iloc[rows].itertuples()]
 
-# %% ../nbs/06_export.ipynb #21389c20
+# %% ../nbs/06_export.ipynb #a29673db
 def fill_bundle(part: Path, evaluated: Evaluated, detector: dict[str, Any] | None, metrics: dict[str, Any], report: dict[str, Any]) -> None:
     "Write everything beside the networks."
     run, pre = evaluated.run, evaluated.pre
@@ -261,14 +261,14 @@ def scratch_beside(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(made, ignore_errors=True)
 
-
+# %% ../nbs/06_export.ipynb #bd41c820
 def point_latest(bundle: Path) -> None:
     "Let `latest` name a bundle, at once."
     link = bundle.parent / f".latest-{secrets.token_hex(3)}"
     link.symlink_to(bundle.name)
     os.replace(link, bundle.parent / "latest")
 
-# %% ../nbs/06_export.ipynb #1f57954a
+# %% ../nbs/06_export.ipynb #d233341e
 def export_run(run: Path, plan: Parameters) -> Exported:
     "Export a run that was evaluated; raises PillSnapError, and publishes nothing, where the exported networks part from the trained ones."
     level = str(plan.given.get("level", "coverage")) or "coverage"
@@ -302,7 +302,7 @@ def export_run(run: Path, plan: Parameters) -> Exported:
     append_event(run, "exported", bundle=bundle.name, hash=opened.hash)
     return Exported(bundle, opened.hash, parity, forms, latency, more | again)
 
-
+# %% ../nbs/06_export.ipynb #16c1afa3
 def publish(made: Path, bundles: Path, evaluated: Evaluated, detector: dict[str, Any] | None, metrics: dict[str, Any], report: dict[str, Any]) -> Path:
     "Write the bundle under its hash, whole or not at all; one that is there already stays."
     keep = [path for path in made.iterdir() if path.name not in DECIDES]
