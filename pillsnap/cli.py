@@ -459,7 +459,7 @@ def lay_table(names: list[str], rows: list[tuple[str, ...]]) -> Any:
         table.add_row(*map(escape, row))  # a path in brackets is no markup
     return table
 
-# %% ../nbs/10_cli.ipynb #bc872286
+# %% ../nbs/10_cli.ipynb #cb05e2d3
 @app.command()
 def progress(
     next: Annotated[bool, typer.Option("--next", help="Do the next step now; where a gate failed, with a warning: you decide.")] = False,
@@ -476,7 +476,7 @@ def progress(
     settings = load_settings()
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     steps, warning = next_steps(settings)
-    for table in (stage_progress(settings).reset_index(names="stage"), progress_table(settings), advice_history(settings)):
+    for table in (stage_progress(settings).reset_index(names="stage"), progress_table(settings), advice_history(settings).assign(why=lambda t: t.why.str.slice(0, 70))):
         if len(table):
             console.print(lay_table(list(table.columns), [tuple(map(str, row)) for row in table.tail(30).itertuples(index=False)]), "")
     if waiting := unfinished(settings):
