@@ -6,13 +6,13 @@
 __all__ = ['RUNGS', 'interval', 'rung_of', 'climb', 'only_drugs', 'add_same_drugs', 'ladder_table', 'plot_ladder', 'f1_by_drug',
            'test_metrics', 'plot_ranking', 'show_calibration', 'slice_table', 'confused_pairs', 'confusion_counts',
            'plot_confusions', 'mistakes', 'background_metrics', 'new_ground_metrics', 'Evaluation', 'show_mistakes',
-           'rung_metrics', 'evaluate_trays', 'evaluate_framing', 'evaluate_forecast', 'evaluate_run', 'tidy',
-           'gate_table', 'metric_table', 'show_worst_trays', 'show_framing', 'step_table', 'trust_table',
-           'show_coverage', 'show_strangers', 'show_nearest']
+           'rung_metrics', 'evaluate_trays', 'evaluate_framing', 'evaluate_forecast', 'evaluate_run',
+           'ensure_evaluated', 'tidy', 'gate_table', 'metric_table', 'show_worst_trays', 'show_framing', 'step_table',
+           'trust_table', 'show_coverage', 'show_strangers', 'show_nearest']
 
-# %% ../nbs/05_evaluate.ipynb #e5004b43
+# %% ../nbs/05_evaluate.ipynb #749e12ea
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from .backgrounds import Relay, ensure_masks, held_grounds
 from .calibration import calibration_bins, coverage_at, coverage_curve, expected_calibration_error
 from .classifier import score
 from .advise import Advice, advise, check_gates, write_advice
-from .core import AT_MOST, Parameters, PillSnapError, Stage, append_event, read_events, read_metrics, write_metrics
+from .core import AT_MOST, Parameters, PillSnapError, Stage, append_event, lock, read_events, read_metrics, write_metrics
 from .cutouts import read_drugs
 from .data import Photos
 from .final import earlier_readings, read_final_test
@@ -35,7 +35,7 @@ from .index import ensure_index
 from .pipeline import Outcome, measure_framing, measure_pipeline, open_pipeline, plot_framing, run_pipeline, show_worst, test_trays, time_steps
 from .predictions import CoveredPills, Evaluated, Predictions, RelaidPills, Trust, cut_test_pill, measure_trust, name_picture, open_run, with_judge
 from .scores import LOSSES, share
-from .train import classifier_pills
+from .train import classifier_pills, ensure_run
 from .trust import plot_unknown, show_evidence, trust_metrics
 from .viz import SPLIT_COLOURS, image_grid, plot_bars, plot_confusion, plot_lines, plot_reliability
 
@@ -315,7 +315,17 @@ def evaluate_run(run: Path, plan: Parameters) -> Evaluation:
     write_advice(run, advice, plan.settings.reports)
     return Evaluation(evaluated, rungs, read_metrics(run), outcome, times, framing, trust, advice, forecast)
 
-# %% ../nbs/05_evaluate.ipynb #adbe000a
+# %% ../nbs/05_evaluate.ipynb #c82893a4
+def ensure_evaluated(plan: Parameters) -> Path:  # the run
+    "Find the run that is asked for; stage 0's is trained and evaluated where that was not done."
+    run = ensure_run(plan)
+    if plan.stage.stage == "0" and not plan.stage.name and not plan.given.get("run"):
+        with lock(plan.settings, f"evaluate-{plan.key}"):
+            if not {"gates", "advice"} <= read_metrics(run).keys():
+                evaluate_run(run, replace(plan, given=plan.given | {"overrides": ""}))
+    return run
+
+
 def tidy(value: Any) -> Any:
     "Make metrics plain JSON: five decimals, lists, None for what is not a number."
     if isinstance(value, dict):
