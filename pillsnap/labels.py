@@ -7,7 +7,7 @@ __all__ = ['FOLDS', 'DOUBTED', 'ALMOST', 'SAME', 'SURE', 'TOUCHES', 'COLUMNS', '
            'difference', 'nearest_other', 'suspect_copies', 'suspect_boxes', 'suspect_outliers', 'Audit', 'audit_pills',
            'audit_trays', 'audit_labels', 'write_suspects', 'suspect_table', 'show_suspects', 'show_boxes']
 
-# %% ../nbs/05b_labels.ipynb #41d9fdd7
+# %% ../nbs/05b_labels.ipynb #6f98af18
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from .calibration import log_softmax
 from .core import Parameters, PillSnapError, atomic_path
 from .gallery import unit
 from .identify import Detect
+from .manifest import read_exclusions
 from .pipeline import open_pipeline
 from .predictions import Evaluated, cut_test_pill, open_run
 from .train import classifier_pills
@@ -188,14 +189,15 @@ def audit_labels(run: Path, plan: Parameters) -> Audit:
     table = pd.DataFrame(found + more, columns=[*COLUMNS, "place", "box"])
     return Audit(evaluated, pills, table, {"label": len(pills), "copy": len(pills), "box": photos, "outlier": len(pills)})
 
-# %% ../nbs/05b_labels.ipynb #603f1346
+# %% ../nbs/05b_labels.ipynb #ff3efaa8
 def write_suspects(audit: Audit, path: Path) -> Path:
     "Write the suspicions as CSV, whole or not at all; what a person has decided in that file before stays decided, also of photos that are not looked at any more."
     table = audit.table[COLUMNS]
     if path.exists():
-        decided = pd.read_csv(path, keep_default_na=False).drop_duplicates("photo").set_index("photo")
-        table = table.assign(exclude=[bool(decided.exclude.get(photo, own)) for photo, own in zip(table.photo, table.exclude)])
-        table = pd.concat([table, decided[decided.exclude & ~decided.index.isin(table.photo)].reset_index()[COLUMNS]], ignore_index=True)
+        left, before = read_exclusions(str(path)), pd.read_csv(path, keep_default_na=False).reindex(columns=COLUMNS).drop_duplicates("photo")
+        seen = set(before.photo)
+        table = table.assign(exclude=[photo in left if photo in seen else own for photo, own in zip(table.photo, table.exclude)])
+        table = pd.concat([table, before[before.photo.isin(left - set(table.photo))].assign(exclude=True)], ignore_index=True)
     with atomic_path(path) as part:
         table.sort_values("exclude", ascending=False, kind="stable").to_csv(part, index=False)
     return path

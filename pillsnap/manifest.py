@@ -391,7 +391,7 @@ def settle_sample(
             return sample, seen, pd.concat(problems).drop_duplicates(["root", "file", "what"], ignore_index=True)
         known = Known(bad, known.lacking | lacking)
 
-# %% ../nbs/02_manifest.ipynb #a748b754
+# %% ../nbs/02_manifest.ipynb #d599161e
 def read_exclusions(path: str) -> set[str]:  # names of photos; none without a path
     "Read the photos that a person has marked in a list of suspects; raises PillSnapError that names the line that cannot be read."
     if not path:
@@ -402,10 +402,10 @@ def read_exclusions(path: str) -> set[str]:  # names of photos; none without a p
         raise PillSnapError(f"exclude={path} cannot be read: {e}") from None
     if missing := {"photo", "exclude"} - set(table.columns):
         raise PillSnapError(f"exclude={path} has no column {', '.join(sorted(missing))}: it needs photo and exclude")
-    words = table.exclude.str.strip().str.lower()
-    if len(odd := table.index[~words.isin({"true", "false"})]):
+    words = table.exclude.str.strip().str.lower().map({"true": True, "yes": True, "false": False, "no": False})
+    if len(odd := table.index[words.isna()]):
         raise PillSnapError(f"exclude={path}, line {odd[0] + 2}: exclude={table.exclude[odd[0]]!r} must be True or False")
-    return set(table.photo[words == "true"])
+    return set(table.photo[words.astype(bool)])
 
 
 def blame_excluded(images: pd.DataFrame) -> pd.DataFrame:
