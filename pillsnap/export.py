@@ -8,7 +8,7 @@ __all__ = ['LIMITS', 'SMALLER', 'SAMPLES', 'WARM_UPS', 'RUNS', 'LICENCES', 'Pixe
            'try_forms', 'Exported', 'write_card', 'export_networks', 'compare_run', 'some_photos', 'fill_bundle',
            'scratch_beside', 'point_latest', 'export_run', 'publish', 'time_bundle', 'measure_again']
 
-# %% ../nbs/06_export.ipynb #339684b0
+# %% ../nbs/06_export.ipynb #69306f64
 import os
 import secrets
 import shutil
@@ -31,7 +31,7 @@ from .aihub import pill_source, read_photo
 from .boxes import iou, run_detector
 from .bundle import DECIDES, Bundle, bundle_hash, check_sums, classify_with, detect_with, open_bundle, open_session, write_sums
 from .classifier import see_features
-from .core import Parameters, PillSnapError, append_event, atomic_folder, read_json, read_metrics, write_json, write_metrics
+from .core import Parameters, PillSnapError, Settings, append_event, atomic_folder, lock, read_json, read_metrics, write_json, write_metrics
 from .detector import load_detector
 from .pipeline import hash_file, measure_pipeline, open_pipeline, run_pipeline, test_trays
 from .predictions import Evaluated, cut_test_pill, open_run, some_of_each
@@ -234,7 +234,7 @@ def some_photos(evaluated: Evaluated, most: int) -> list[np.ndarray]:
     rows = np.unique(np.linspace(0, len(photos) - 1, min(most, len(photos))).astype(int))
     return [read_photo(pill_source(pill, evaluated.roots)) for pill in photos.iloc[rows].itertuples()]
 
-# %% ../nbs/06_export.ipynb #a29673db
+# %% ../nbs/06_export.ipynb #b513f594
 def fill_bundle(part: Path, evaluated: Evaluated, detector: dict[str, Any] | None, metrics: dict[str, Any], report: dict[str, Any]) -> None:
     "Write everything beside the networks."
     run, pre = evaluated.run, evaluated.pre
@@ -252,14 +252,17 @@ def fill_bundle(part: Path, evaluated: Evaluated, detector: dict[str, Any] | Non
 
 
 @contextmanager
-def scratch_beside(folder: Path) -> Iterator[Path]:
-    "Give a scratch folder on the same disk, removed at the end."
+def scratch_beside(folder: Path, settings: Settings) -> Iterator[Path]:
+    "Give a scratch folder on the same disk, removed at the end; what a killed export left is removed at the beginning."
     folder.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=".export-", dir=folder))
-    try:
-        yield made
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
+    with lock(settings, "export"):
+        for left in folder.glob(".export-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        made = Path(tempfile.mkdtemp(prefix=".export-", dir=folder))
+        try:
+            yield made
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
 
 # %% ../nbs/06_export.ipynb #bd41c820
 def point_latest(bundle: Path) -> None:
@@ -268,7 +271,7 @@ def point_latest(bundle: Path) -> None:
     link.symlink_to(bundle.name)
     os.replace(link, bundle.parent / "latest")
 
-# %% ../nbs/06_export.ipynb #d233341e
+# %% ../nbs/06_export.ipynb #75f3e127
 def export_run(run: Path, plan: Parameters) -> Exported:
     "Export a run that was evaluated; raises PillSnapError, and publishes nothing, where the exported networks part from the trained ones."
     level = str(plan.given.get("level", "coverage")) or "coverage"
@@ -279,7 +282,7 @@ def export_run(run: Path, plan: Parameters) -> Exported:
         raise PillSnapError(f"{run} was not evaluated yet, so nothing is known of its answers: pillsnap run evaluate --run {run.name}")
     evaluated, bundles = open_run(run, plan), plan.settings.work / "bundles"
     device = "cuda" if evaluated.device.startswith("cuda") else "cpu"
-    with scratch_beside(bundles) as made:
+    with scratch_beside(bundles, plan.settings) as made:
         detector = export_networks(evaluated, made)
         found, crops, labels = compare_run(evaluated, made, level, device)
         parity = check_parity(found, LIMITS)
