@@ -149,7 +149,7 @@ def make_forms(path: Path, crops: np.ndarray) -> Iterator[tuple[str, Path]]:  # 
     quantize_static(str(path), str(path.with_name("static.onnx")), reader, quant_format=QuantFormat.QDQ)
     yield "int8 static", path.with_name("static.onnx")
 
-# %% ../nbs/06_export.ipynb #8c2331cf
+# %% ../nbs/06_export.ipynb #fb680559
 def try_forms(path: Path, crops: np.ndarray, labels: np.ndarray, calibrate: np.ndarray, device: str) -> tuple[Path, pd.DataFrame]:  # the chosen file; a row per form
     "Measure the forms of a classifier on one pill at a time, and choose the fastest that agrees with the first."
     base = classify_with(open_session(path, device), crops)[0]
@@ -168,6 +168,8 @@ def try_forms(path: Path, crops: np.ndarray, labels: np.ndarray, calibrate: np.n
             break
         files[name] = file
         rows[name] = {"MB": file.stat().st_size / 1e6, **time_calls(partial(classify_with, session, crops[:1])), "top1_agreement": found["top1_agreement"], "delta_top1": found["delta_top1"], "note": ""}
+    again = time_calls(partial(classify_with, open_session(path, device), crops[:1]))  # the first may have met a busy moment
+    rows["fp32"] |= again if again["p50_ms"] < rows["fp32"]["p50_ms"] else {}
     table = pd.DataFrame(rows).T
     good = [name for name in files if all(row["passed"] for row in check_parity(rows[name], SMALLER)) and rows[name]["p50_ms"] <= FASTER * rows["fp32"]["p50_ms"]]
     chosen = min(["fp32", *good], key=lambda name: rows[name]["p50_ms"])
