@@ -7,8 +7,8 @@ __all__ = ['SHARE', 'MOST_DAMAGED', 'MOST_MEMORY', 'CORRUPT', 'LONG', 'MOST_DRIF
            'floor_of', 'check_gates', 'chance', 'mandatory_checks', 'stability', 'change', 'decide', 'tell_gate',
            'Option', 'command_with', 'command_for', 'options_of_curves', 'options_of_scores', 'options_of_memory',
            'options_of_photos', 'Advice', 'next_stage_config', 'advise', 'evaluation_record', 'write_advice',
-           'record_tensorboard', 'write_tensorboard', 'advice_table', 'check_table', 'option_table', 'advice_history',
-           'stage_progress', 'tell_best', 'next_steps']
+           'write_tensorboard', 'advice_table', 'check_table', 'option_table', 'advice_history', 'stage_progress',
+           'tell_best', 'next_steps']
 
 # %% ../nbs/04e_advise.ipynb #12ec4769
 import math
@@ -244,7 +244,7 @@ def advise(run: Path) -> Advice:
     decision, confidence, reasons = decide(gates, checks)
     return Advice(decision, round(confidence, 3), reasons, gates, checks, sorted(options, key=lambda option: -option.weight), next_stage_config(run, stage))
 
-# %% ../nbs/04e_advise.ipynb #09731159
+# %% ../nbs/04e_advise.ipynb #eec441e3
 PERFORMANCE = ("test_top1", "test_top5", "test_macro_f1", "test_ece", "phone_top1", "tray_pill_top1", "det_map50", "det_map50_95", "pipeline_pill_top1", "tray_exact", "background_only_top1", "unknown_auroc", "unknown_far95", "pipeline_p95_ms", "train_images_per_s", "train_hours")
 
 
@@ -264,16 +264,11 @@ def write_advice(run: Path, advice: Advice, reports: Path) -> Path:  # the file 
     write_json(run / name, record)
     write_json(reports / record["stage"] / name, record)
     append_event(run, "advice", decision=advice.decision, confidence=advice.confidence, reasons=advice.reasons)
-    if record_tensorboard(run):
+    if read_json(run / "run.json")["stage"]["tensorboard"]:
         write_tensorboard(run, advice)
     return reports / record["stage"] / name
 
-# %% ../nbs/04e_advise.ipynb #665c85b0
-def record_tensorboard(run: Path) -> bool:
-    "Say whether a run writes TensorBoard files."
-    return bool(read_json(run / "run.json")["stage"]["tensorboard"])
-
-
+# %% ../nbs/04e_advise.ipynb #35940777
 def write_tensorboard(run: Path, advice: Advice) -> None:
     "Tell TensorBoard each gate's value and margin, and the decision."
     from torch.utils.tensorboard import SummaryWriter
@@ -304,7 +299,7 @@ def option_table(advice: Advice) -> pd.DataFrame | str:  # index: field
     rows += [{"what": "next stage", "try": f"stage {advice.next_stage['stage']}", "because": "the person decides", "command": command} for command in advice.next_stage.get("commands", [])]
     return pd.DataFrame(rows).set_index("what").rename_axis(None) if rows else "nothing in the record points anywhere"
 
-# %% ../nbs/04e_advise.ipynb #3fd7bb7f
+# %% ../nbs/04e_advise.ipynb #00c9499b
 def advice_history(settings: Settings) -> pd.DataFrame:  # columns time, stage, run, decision, confidence, why; oldest first
     "List every advice that was given."
     rows = [{"time": e["time"][:16].replace("T", " "), "stage": path.parent.parent.name, "run": path.parent.name, "decision": e["decision"], "confidence": e["confidence"], "why": e["reasons"][0] if e["reasons"] else ""}
@@ -314,8 +309,8 @@ def advice_history(settings: Settings) -> pd.DataFrame:  # columns time, stage, 
 
 def stage_progress(settings: Settings) -> pd.DataFrame:  # index: stage, those of the table and those with runs
     "Tell how far each stage is."
-    keys = {f"stage_{name}": stage for name, stage in STAGES.items()}
-    others = sorted({path.parent.parent.name for path in (settings.work / "runs").glob("*/*/run.json")} - keys.keys())
+    keys = [f"stage_{name}" for name in STAGES]
+    others = sorted({path.parent.parent.name for path in (settings.work / "runs").glob("*/*/run.json")} - set(keys))
     history, rows = advice_history(settings), {}
     for key in [*keys, *others]:
         runs, said = list_runs(settings, key), history[history.stage == key].drop_duplicates("run", keep="last")

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['DECIDES', 'SUMS', 'PROVIDERS', 'MOST_CROPS', 'GOLDEN_WITHIN', 'file_sum', 'write_sums', 'check_sums', 'bundle_hash',
-           'open_session', 'classify_with', 'detect_with', 'Bundle', 'read_preprocess', 'read_registry', 'open_bundle',
-           'check_answer', 'describe_drug', 'describe_pill', 'describe_answer']
+           'open_session', 'classify_with', 'detect_with', 'Bundle', 'read_preprocess', 'open_bundle', 'check_answer',
+           'describe_drug', 'describe_pill', 'describe_answer']
 
-# %% ../nbs/03h_bundle.ipynb #42348251
+# %% ../nbs/03h_bundle.ipynb #5e1390fa
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ import pandas as pd
 
 from .boxes import run_detector
 from .core import PillSnapError, content_hash, read_json, suggest
+from .drugs import read_drugs
 from .identify import Answer, Pipeline
 from .judge import Verdict, load_judge
 from .preprocess import Preprocess, check_golden, golden_photo, golden_vector
@@ -119,7 +120,7 @@ class Bundle:
     def classes(self) -> list[str]:
         return self.answer["classes"]
 
-# %% ../nbs/03h_bundle.ipynb #0cd867e9
+# %% ../nbs/03h_bundle.ipynb #9a895ff4
 def read_preprocess(config: Mapping[str, Any]) -> Preprocess:
     "Read the preprocessing back; raises PillSnapError if this version would cut other pixels."
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items() if name in Preprocess.__dataclass_fields__}
@@ -129,12 +130,6 @@ def read_preprocess(config: Mapping[str, Any]) -> Preprocess:
     return pre
 
 
-def read_registry(path: Path) -> pd.DataFrame:  # index K-code
-    "Read the drugs' table; texts stay texts, an imprint of digits too."
-    table = pd.read_csv(path, dtype="str", keep_default_na=False).set_index("k_code")
-    return table.assign(**{name: pd.to_numeric(table[name]) for name in table if name.endswith("_mm")})
-
-# %% ../nbs/03h_bundle.ipynb #9f7944e5
 def open_bundle(folder: Path, device: str = "cpu", threads: int = 0) -> Bundle:
     "Open a bundle and check it; raises PillSnapError that names what is wrong with it."
     folder = Path(folder).expanduser().resolve()
@@ -150,7 +145,7 @@ def open_bundle(folder: Path, device: str = "cpu", threads: int = 0) -> Bundle:
         network = partial(detect_with, open_session(folder / "detector.onnx", device, threads))
         detect = partial(run_detector, network, **answer["detector"])
     judge = load_judge(folder / "judge.npz", answer["classes"], answer["weights"])
-    return Bundle(folder, bundle_hash(sums), Pipeline(detect, classify, judge, pre, None, read_registry(folder / "registry.csv")), answer, about)
+    return Bundle(folder, bundle_hash(sums), Pipeline(detect, classify, judge, pre, None, read_drugs(folder / "registry.csv")), answer, about)
 
 
 def check_answer(folder: Path, answer: Mapping[str, Any], logits: np.ndarray) -> None:

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['Box', 'ROOM', 'SEARCH', 'EXTENTS', 'REASONS', 'STEEP', 'LONGEST', 'TYPICAL_MM', 'BANK_FORMAT', 'GROUND_SIDE',
-           'GROUNDS', 'NOTHING', 'TOLD', 'cut_room', 'fill_box', 'model_ground', 'mark_ground', 'holds_box',
-           'find_mask', 'Limits', 'fill_outline', 'bounds', 'turned_sides', 'share_hull', 'judge_mask', 'Cutout',
-           'soften', 'clean_edge', 'find_judged', 'cut_out', 'choose_singles', 'shrink', 'find_lean', 'spread_grain',
+           'GROUNDS', 'NOTHING', 'cut_room', 'fill_box', 'model_ground', 'mark_ground', 'holds_box', 'find_mask',
+           'Limits', 'fill_outline', 'bounds', 'turned_sides', 'share_hull', 'judge_mask', 'Cutout', 'soften',
+           'clean_edge', 'find_judged', 'cut_out', 'choose_singles', 'shrink', 'find_lean', 'spread_grain',
            'erase_pill', 'Bank', 'load_bank', 'cut_row', 'square_ground', 'measure_bank', 'build_bank', 'ensure_bank',
-           'look_up_drugs', 'read_drugs', 'share_cutouts', 'bank_of_manifest', 'bank_of_stage', 'leave_out',
-           'count_rejections', 'show_cutouts']
+           'look_up_drugs', 'share_cutouts', 'bank_of_manifest', 'bank_of_stage', 'leave_out', 'count_rejections',
+           'show_cutouts']
 
-# %% ../nbs/03aa_cutouts.ipynb #3e07915d
+# %% ../nbs/03aa_cutouts.ipynb #d34d5201
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 
 from .aihub import read_or_none
 from .core import Parameters, PillSnapError, Settings, atomic_folder, content_hash, lock, read_json, show_work, write_json
-from .drugs import MILLIMETRES, REGISTRY
+from .drugs import FIELDS
 from .index import Index, hash_table
 from .inspection import inspect
 from .manifest import Manifest
@@ -391,22 +391,14 @@ def ensure_bank(
             write_json(part / "bank.json", {"key": key, "cutouts": len(chosen)})
     return load_bank(folder / key)
 
-# %% ../nbs/03aa_cutouts.ipynb #9389f8a0
-TOLD = (*REGISTRY, "edi_codes")  # columns of a run's table of drugs
-
-
-def look_up_drugs(index: Index, pills: pd.DataFrame, per_drug: int = 5) -> pd.DataFrame:  # index K-code; TOLD, EDI codes with a blank between them
+# %% ../nbs/03aa_cutouts.ipynb #88ff8125
+def look_up_drugs(index: Index, pills: pd.DataFrame, per_drug: int = 5) -> pd.DataFrame:  # index K-code; FIELDS, EDI codes with a blank between them
     "Ask a few labels of each drug for its names, codes and look; drugs of other layouts than AIHub's have none."
     singles = pills[(pills.kind == "single") & (pills.split == "train")].groupby("k_code").head(per_drug)
     rows = np.flatnonzero(index.tables.images.photo.isin(singles.photo))
     if not len(rows):
-        return pd.DataFrame({name: [] for name in TOLD}, index=pd.Index([], name="k_code"))
-    return inspect(index.tables, index.roots, rows, photos=rows[:0], store=index.store).drugs[list(TOLD)].assign(edi_codes=lambda t: t.edi_codes.map(" ".join))
-
-
-def read_drugs(path: Path) -> pd.DataFrame:  # index K-code; TOLD, text but for the sizes
-    "Read a run's `drugs.csv`; an imprint of digits stays text."
-    return pd.read_csv(path, index_col="k_code", dtype=dict.fromkeys([name for name in TOLD if name not in MILLIMETRES], "str"), keep_default_na=False, na_values=[""])
+        return pd.DataFrame({name: [] for name in FIELDS}, index=pd.Index([], name="k_code"))
+    return inspect(index.tables, index.roots, rows, photos=rows[:0], store=index.store).drugs[list(FIELDS)].assign(edi_codes=lambda t: t.edi_codes.map(" ".join))
 
 
 def share_cutouts(drugs: int) -> int:  # per drug

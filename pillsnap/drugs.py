@@ -7,7 +7,7 @@ __all__ = ['REGISTRY', 'MILLIMETRES', 'READERS', 'FIELDS', 'REGISTRY_REMEDIES', 
            'read_permit', 'read_mm', 'registry_row', 'count_rows', 'count_values', 'describe_conflict', 'merge_rows',
            'build_registry', 'find_by_item_seq', 'find_by_edi', 'find_shared', 'find_twins', 'audit_registry',
            'name_columns', 'decode_text', 'read_records', 'read_numbers', 'read_sizes', 'shape_ministry',
-           'read_ministry', 'join_ministry', 'plain_value', 'show_value', 'compare_ministry']
+           'read_ministry', 'join_ministry', 'plain_value', 'show_value', 'compare_ministry', 'read_drugs']
 
 # %% ../nbs/00b_drugs.ipynb #924984fe
 import csv
@@ -380,3 +380,8 @@ def compare_ministry(
         sides = zip(joined.index[known], joined[field][known], joined[f"ministry_{field}"][known])
         found += [(code, field, show_value(ours), show_value(theirs)) for code, ours, theirs in sides if plain_value(ours) != plain_value(theirs)]
     return pd.DataFrame(sorted(found, key=lambda row: row[0]), columns=["k_code", "field", "ours", "theirs"], dtype="object")
+
+# %% ../nbs/00b_drugs.ipynb #dff23038
+def read_drugs(path: Path) -> pd.DataFrame:  # index K-code; columns of FIELDS, text but for the sizes in mm; missing where a label said nothing
+    "Read a table of drugs back; an imprint of digits stays text."
+    return pd.read_csv(path, index_col="k_code", dtype={"k_code": "str"} | dict.fromkeys([name for name in FIELDS if name not in MILLIMETRES], "str"), keep_default_na=False, na_values=[""])

@@ -7,10 +7,10 @@ __all__ = ['RUNGS', 'interval', 'rung_of', 'climb', 'only_drugs', 'add_same_drug
            'test_metrics', 'plot_ranking', 'show_calibration', 'slice_table', 'confused_pairs', 'confusion_counts',
            'plot_confusions', 'mistakes', 'background_metrics', 'new_ground_metrics', 'Evaluation', 'show_mistakes',
            'rung_metrics', 'evaluate_trays', 'evaluate_framing', 'evaluate_forecast', 'evaluate_run',
-           'ensure_evaluated', 'tidy', 'gate_table', 'metric_table', 'show_worst_trays', 'show_framing', 'step_table',
+           'ensure_evaluated', 'gate_table', 'metric_table', 'show_worst_trays', 'show_framing', 'step_table',
            'trust_table', 'show_coverage', 'show_strangers', 'show_nearest']
 
-# %% ../nbs/05_evaluate.ipynb #749e12ea
+# %% ../nbs/05_evaluate.ipynb #8e4df797
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,14 +27,14 @@ from .calibration import calibration_bins, coverage_at, coverage_curve, expected
 from .classifier import score
 from .advise import Advice, advise, check_gates, write_advice
 from .core import AT_MOST, Parameters, PillSnapError, Stage, append_event, lock, read_events, read_metrics, write_metrics
-from .cutouts import read_drugs
+from .drugs import read_drugs
 from .data import Photos
 from .final import earlier_readings, read_final_test
 from .forecast import Forecast, forecast_metrics, forecast_phone
 from .index import ensure_index
 from .pipeline import Outcome, measure_framing, measure_pipeline, open_pipeline, plot_framing, run_pipeline, show_worst, test_trays, time_steps
 from .predictions import CoveredPills, Evaluated, Predictions, RelaidPills, Trust, cut_test_pill, measure_trust, name_picture, open_run, with_judge
-from .scores import LOSSES, share
+from .scores import LOSSES, share, tidy
 from .train import classifier_pills, ensure_run
 from .trust import plot_unknown, show_evidence, trust_metrics
 from .viz import SPLIT_COLOURS, image_grid, plot_bars, plot_confusion, plot_lines, plot_reliability
@@ -315,7 +315,7 @@ def evaluate_run(run: Path, plan: Parameters) -> Evaluation:
     write_advice(run, advice, plan.settings.reports)
     return Evaluation(evaluated, rungs, read_metrics(run), outcome, times, framing, trust, advice, forecast)
 
-# %% ../nbs/05_evaluate.ipynb #c82893a4
+# %% ../nbs/05_evaluate.ipynb #00ca01c8
 def ensure_evaluated(plan: Parameters) -> Path:  # the run
     "Find the run that is asked for; stage 0's is trained and evaluated where that was not done."
     run = ensure_run(plan)
@@ -324,17 +324,6 @@ def ensure_evaluated(plan: Parameters) -> Path:  # the run
             if not {"gates", "advice"} <= read_metrics(run).keys():
                 evaluate_run(run, replace(plan, given=plan.given | {"overrides": ""}))
     return run
-
-
-def tidy(value: Any) -> Any:
-    "Make metrics plain JSON: five decimals, lists, None for what is not a number."
-    if isinstance(value, dict):
-        return {k: tidy(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [tidy(v) for v in value]
-    if isinstance(value, (float, np.floating)):
-        return round(float(value), 5) if np.isfinite(value) else None
-    return int(value) if isinstance(value, np.integer) else value
 
 # %% ../nbs/05_evaluate.ipynb #c2a8e4b2
 def gate_table(metrics: dict[str, Any]) -> pd.DataFrame:  # index: gate

@@ -149,12 +149,13 @@ def make_forms(path: Path, crops: np.ndarray) -> Iterator[tuple[str, Path]]:  # 
     quantize_static(str(path), str(path.with_name("static.onnx")), reader, quant_format=QuantFormat.QDQ)
     yield "int8 static", path.with_name("static.onnx")
 
-# %% ../nbs/06_export.ipynb #fb680559
+# %% ../nbs/06_export.ipynb #4a76dd15
 def try_forms(path: Path, crops: np.ndarray, labels: np.ndarray, calibrate: np.ndarray, device: str) -> tuple[Path, pd.DataFrame]:  # the chosen file; a row per form
     "Measure the forms of a classifier on one pill at a time, and choose the fastest that agrees with the first."
-    base = classify_with(open_session(path, device), crops)[0]
+    first = open_session(path, device)
+    base = classify_with(first, crops)[0]
     rows, files = {}, {"fp32": path}
-    rows["fp32"] = {"MB": path.stat().st_size / 1e6, **time_calls(partial(classify_with, open_session(path, device), crops[:1])), "top1_agreement": 1.0, "delta_top1": 0.0, "note": ""}
+    rows["fp32"] = {"MB": path.stat().st_size / 1e6, **time_calls(partial(classify_with, first, crops[:1])), "top1_agreement": 1.0, "delta_top1": 0.0, "note": ""}
     forms = make_forms(path, calibrate)
     while True:
         try:
@@ -168,7 +169,7 @@ def try_forms(path: Path, crops: np.ndarray, labels: np.ndarray, calibrate: np.n
             break
         files[name] = file
         rows[name] = {"MB": file.stat().st_size / 1e6, **time_calls(partial(classify_with, session, crops[:1])), "top1_agreement": found["top1_agreement"], "delta_top1": found["delta_top1"], "note": ""}
-    again = time_calls(partial(classify_with, open_session(path, device), crops[:1]))  # the first may have met a busy moment
+    again = time_calls(partial(classify_with, first, crops[:1]))  # the first may have met a busy moment
     rows["fp32"] |= again if again["p50_ms"] < rows["fp32"]["p50_ms"] else {}
     table = pd.DataFrame(rows).T
     good = [name for name in files if all(row["passed"] for row in check_parity(rows[name], SMALLER)) and rows[name]["p50_ms"] <= FASTER * rows["fp32"]["p50_ms"]]
@@ -274,7 +275,7 @@ def point_latest(bundle: Path) -> None:
     link.symlink_to(bundle.name)
     os.replace(link, bundle.parent / "latest")
 
-# %% ../nbs/06_export.ipynb #75f3e127
+# %% ../nbs/06_export.ipynb #78415207
 def export_run(run: Path, plan: Parameters) -> Exported:
     "Export a run that was evaluated; raises PillSnapError, and publishes nothing, where the exported networks part from the trained ones."
     level = str(plan.given.get("level", "coverage")) or "coverage"
@@ -298,7 +299,7 @@ def export_run(run: Path, plan: Parameters) -> Exported:
         report = {"level": level, "parity": parity, "forms": forms.reset_index(names="form").to_dict("records"), "device": device}
         bundle = publish(made, bundles, evaluated, detector, metrics | more, report)
     opened = open_bundle(bundle, device)
-    latency, again = time_bundle(opened, crops, evaluated), measure_again(opened, evaluated, metrics)
+    latency, again = time_bundle(opened, crops, evaluated), measure_again(opened, evaluated)
     more |= {"classifier_p95_ms": float(latency.p95_ms["classify one pill"])} if device == "cuda" else {}
     if again.get("delta_map50", 0.0) > LIMITS["delta_map50"][0]:
         raise PillSnapError(f"whole trays: mAP50 moves by {again['delta_map50']:.4f} from run to bundle, at most {LIMITS['delta_map50'][0]} may be; {bundle} is left unnamed")
@@ -308,12 +309,12 @@ def export_run(run: Path, plan: Parameters) -> Exported:
     append_event(run, "exported", bundle=bundle.name, hash=opened.hash)
     return Exported(bundle, opened.hash, parity, forms, latency, more | again)
 
-# %% ../nbs/06_export.ipynb #16c1afa3
+# %% ../nbs/06_export.ipynb #eb9fb0b9
 def publish(made: Path, bundles: Path, evaluated: Evaluated, detector: dict[str, Any] | None, metrics: dict[str, Any], report: dict[str, Any]) -> Path:
     "Write the bundle under its hash, whole or not at all; one that is there already stays."
-    keep = [path for path in made.iterdir() if path.name not in DECIDES]
-    for path in keep:
-        path.unlink()
+    for path in made.iterdir():
+        if path.name not in DECIDES:  # a form that was not chosen
+            path.unlink()
     fill_bundle(made, evaluated, detector, metrics, report)
     folder = bundles / f"{read_json(evaluated.run / 'run.json')['key']}-{bundle_hash(check_sums(made))}"
     if not folder.exists():
@@ -322,7 +323,7 @@ def publish(made: Path, bundles: Path, evaluated: Evaluated, detector: dict[str,
                 (part / path.name).write_bytes(path.read_bytes())
     return folder
 
-# %% ../nbs/06_export.ipynb #df5ccd5a
+# %% ../nbs/06_export.ipynb #c9bef602
 def time_bundle(bundle: Bundle, crops: np.ndarray, evaluated: Evaluated) -> pd.DataFrame:  # index: what; p50_ms, p95_ms
     "Time a bundle's parts and its whole answers, one photo at a time."
     rows = {"classify one pill": time_calls(lambda: bundle.pipeline.classify(crops[:1]))}
@@ -333,7 +334,7 @@ def time_bundle(bundle: Bundle, crops: np.ndarray, evaluated: Evaluated) -> pd.D
     return pd.DataFrame(rows).T
 
 
-def measure_again(bundle: Bundle, evaluated: Evaluated, metrics: dict[str, Any]) -> dict[str, float]:  # empty without trays
+def measure_again(bundle: Bundle, evaluated: Evaluated) -> dict[str, float]:  # empty without trays
     "Measure whole trays with the bundle, beside what the run's own models gave."
     if bundle.pipeline.detect is None:
         return {}

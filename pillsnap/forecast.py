@@ -7,7 +7,7 @@ __all__ = ['PLAIN', 'SESSIONS', 'MOST_PILLS', 'ALONE', 'KEPT', 'Capture', 'draw_
            'choose_few', 'bootstrap_both', 'forecast_phone', 'make_relay', 'forecast_metrics', 'forecast_table',
            'plot_forecast']
 
-# %% ../nbs/04g_forecast.ipynb #fe0fb124
+# %% ../nbs/04g_forecast.ipynb #777f4182
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from .aihub import pill_source, read_photo
 from .backgrounds import Relay, draw_kinds, ensure_masks
-from .cutouts import read_drugs
+from .drugs import read_drugs
 from .data import CacheCut, Photos, cut_wide
 from .grounds import DRAWN
 from .manifest import unit_hash

@@ -7,8 +7,7 @@ __all__ = ['FRESH', 'hash_file', 'open_pipeline', 'Tray', 'list_trays', 'unseen_
            'Outcome', 'run_detector', 'groups', 'run_pipeline', 'measure_pipeline', 'time_steps', 'measure_framing',
            'plot_framing', 'describe_tray', 'show_worst']
 
-# %% ../nbs/04a_pipeline.ipynb #86dd9ce0
-import hashlib
+# %% ../nbs/04a_pipeline.ipynb #06ece273
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,9 +21,10 @@ from matplotlib.figure import Figure
 
 from .aihub import pill_source
 from .boxes import Detect
+from .bundle import file_sum
 from .classifier import load_classifier, predict_crops
 from .core import PillSnapError
-from .cutouts import read_drugs
+from .drugs import read_drugs
 from .detector import load_detector
 from .files import Source
 from .identify import Answer, Classify, Pipeline, identify, open_photo, open_photos, step_times
@@ -36,11 +36,10 @@ from .trays import detector_pills
 from .trees import SMOKE, command_line, fresh_trays
 from .viz import image_grid, plot_lines
 
-# %% ../nbs/04a_pipeline.ipynb #17411d67
+# %% ../nbs/04a_pipeline.ipynb #e47aebef
 def hash_file(path: Path) -> str:  # 16 hexadecimal digits
     "Hash a file."
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return file_sum(path)[:16]
 
 
 def open_pipeline(

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['IOUS', 'RECALLS', 'MOST_BOXES', 'LOSSES', 'PILL_COLUMNS', 'MARGINS', 'draw_clusters', 'share', 'match_boxes',
            'average_precision', 'Ranked', 'rank_boxes', 'score_boxes', 'detection_metrics', 'Truth',
-           'answer_true_boxes', 'blame', 'match_pills', 'pill_table', 'tray_table', 'pipeline_metrics', 'framing_curve']
+           'answer_true_boxes', 'blame', 'match_pills', 'pill_table', 'tray_table', 'pipeline_metrics', 'framing_curve',
+           'tidy']
 
 # %% ../nbs/03g_scores.ipynb #b0a009ec
 from collections.abc import Sequence
@@ -254,3 +255,14 @@ def framing_curve(
         cover = np.median([longer[i] / (answers[i].boxes[0, 2:4].max() * (1 + 2 * margin)) for i in read])
         rows[name] = {"margin": margin if regions is not None else float("nan"), "cover": cover, "top1": top1, "low": low, "high": high, "photos": len(read)}
     return pd.DataFrame(rows).T.astype({"photos": int})
+
+# %% ../nbs/03g_scores.ipynb #adbe000a
+def tidy(value: Any) -> Any:
+    "Make metrics plain JSON: five decimals, lists, None for what is not a number."
+    if isinstance(value, dict):
+        return {k: tidy(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [tidy(v) for v in value]
+    if isinstance(value, (float, np.floating)):
+        return round(float(value), 5) if np.isfinite(value) else None
+    return int(value) if isinstance(value, np.integer) else value

@@ -13,7 +13,7 @@ __all__ = ['STRANGERS', 'PATCHES', 'prepare_run', 'write_inputs', 'list_empty', 
            'training_command', 'follow', 'train_stage', 'training_lock', 'train_now', 'live_line', 'ensure_run',
            'show_batch', 'show_detector_photos', 'read_boxes']
 
-# %% ../nbs/04_train.ipynb #36add73c
+# %% ../nbs/04_train.ipynb #6643a1db
 import contextlib
 import math
 import os
@@ -42,10 +42,11 @@ from .classifier import build_classifier, model_preprocess, predict, save_classi
 from .compose import ComposeSettings, make_composer, write_trays
 from .core import (Parameters, PillSnapError, Stage, append_event, describe_run, epoch_line, find_run, list_runs, load_settings, lock, new_run, pick_device,
                            read_events, read_json, run_state, stale_modules, tail_events, write_json, write_metrics)
-from .cutouts import Bank, bank_of_manifest, leave_out, look_up_drugs, read_drugs
+from .cutouts import Bank, bank_of_manifest, leave_out, look_up_drugs
 from .data import Cache, CacheCut, Photos, PillDataset, batches, choose_kind, ensure_cache, epoch_order, plan_cut, stage_batches
 from .detector import build_network, train_detector
 from .diary import Write, find_hard, open_logs, write_hard
+from .drugs import read_drugs
 from .engine import (Apart, BatchPlan, Training, check_memory, estimate_memory, free_memory, load_checkpoint, pick_precision, plan_batch, save_checkpoint, start_training,
                              train_epoch)
 from .grounds import collect_patches
@@ -170,7 +171,7 @@ def classifier_pills(
     pills = manifest.pills
     return pills[(pills.split == split) & pills.kind.isin(kinds) & (pills.label >= 0)].reset_index(drop=True)
 
-# %% ../nbs/04_train.ipynb #cdb38210
+# %% ../nbs/04_train.ipynb #4600c80f
 @dataclass(frozen=True)
 class RunFolder:
     "A run folder, opened for training."
@@ -182,7 +183,7 @@ class RunFolder:
     ranks: Ranks = Ranks()
 
     @property
-    def drugs(self) -> pd.DataFrame:  # index K-code; TOLD
+    def drugs(self) -> pd.DataFrame:  # index K-code; FIELDS
         return read_drugs(self.run / "drugs.csv")
 
     def bank(self) -> Bank:
