@@ -25,14 +25,14 @@ from .core import PillSnapError, suggest
 from .judge import Hint, Judge, Reading, Verdict, allow, enrol_drug, fuse, weigh
 from .preprocess import Preprocess, centre_square
 
-# %% ../nbs/03f_identify.ipynb #c78f06cf
+# %% ../nbs/03f_identify.ipynb #103ba204
 Classify = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 def decode_photo(data: bytes) -> np.ndarray:  # (h, w, 3) uint8 RGB, turned upright by its EXIF tag
     "Decode a file's bytes; raises ValueError for what is no photo."
     try:
-        return np.array(decode_picture(data))  # writable
+        return np.require(decode_picture(data), requirements="W")
     except UNREADABLE as e:
         reason = f"{len(data)} bytes are no image file" if isinstance(e, UnidentifiedImageError) else e  # Pillow's own text names a memory address
         raise ValueError(f"the photo cannot be read: {reason}") from None
