@@ -405,7 +405,7 @@ def label_sources(tables: Tables, labels: pd.DataFrame, roots: Sequence[Path]) -
     paths = [join_path(folder, f"{photo}.json") for folder, photo in zip(labels.folder, photos)]
     return [Source(roots[r], *rest) for r, *rest in zip(labels.root, paths, labels.offset.tolist(), labels.packed.tolist())]
 
-# %% ../nbs/00c_aihub.ipynb #b9149cc9
+# %% ../nbs/00c_aihub.ipynb #fef7fe47
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, OverflowError, struct.error, Image.DecompressionBombError)  # what broken pictures raise in Pillow
 
 
@@ -430,7 +430,8 @@ def is_plain(im: Image.Image) -> bool:
 def decode_picture(data: bytes) -> np.ndarray:  # (h, w, 3) uint8 RGB, turned upright by its EXIF tag
     "Decode a picture's bytes; raises one of UNREADABLE for what is none."
     with Image.open(io.BytesIO(data)) as im:
-        if is_plain(im) and (pixels := decode_plain(data)) is not None and pixels.shape == (im.height, im.width, 3):
+        ends = im.format == "JPEG" or data[-8:-4] == b"IEND"  # libpng would write to the terminal about a file that is cut off
+        if is_plain(im) and ends and (pixels := decode_plain(data)) is not None and pixels.shape == (im.height, im.width, 3):
             return pixels
         return np.asarray(ImageOps.exif_transpose(im).convert("RGB"))
 

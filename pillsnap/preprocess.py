@@ -6,7 +6,7 @@
 __all__ = ['TILES', 'UPLOAD_PX', 'UPLOAD_QUALITY', 'FORMATS', 'MOST_BYTES', 'MOST_PIXELS', 'LEAST_SIDE', 'cut_square',
            'place_square', 'cut_window', 'resize_square', 'centre_square', 'even_contrast', 'Preprocess', 'cover_pill',
            'golden_photo', 'golden_upload', 'as_uploaded', 'describe_input', 'golden_vector', 'check_golden',
-           'check_image']
+           'PhotoRefused', 'check_image']
 
 # %% ../nbs/03_preprocess.ipynb #3d9de2d2
 import io
@@ -175,24 +175,34 @@ def check_golden(golden: dict[str, Any], mine: dict[str, Any]) -> list[str]:  # 
             wrong += [f"{name}: {what} differ by {off:.3f}, at most {within} may be"] if off > within else []
     return wrong
 
-# %% ../nbs/03_preprocess.ipynb #4c7cdfbe
+# %% ../nbs/03_preprocess.ipynb #203d1573
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 MOST_BYTES, MOST_PIXELS, LEAST_SIDE = 20_000_000, 50_000_000, 32  # of a photo: as sent, unpacked, px
 
 
+class PhotoRefused(PillSnapError):
+    "A photo that is not looked at; `kind` is large, strange (no picture) or unfit."
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
 def check_image(data: bytes) -> dict[str, Any]:  # format, width, height
-    "Look at a photo without unpacking it; raises PillSnapError that says which limit it breaks."
+    "Look at a photo without unpacking it; raises PhotoRefused that says which limit it breaks."
     if not 0 < len(data) <= MOST_BYTES:
-        raise PillSnapError(f"{len(data):,} bytes: a photo has 1 to {MOST_BYTES:,}")
+        raise PhotoRefused("large" if data else "unfit", f"{len(data):,} bytes: a photo has 1 to {MOST_BYTES:,}")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             kind, (width, height), frames = picture.format, picture.size, getattr(picture, "n_frames", 1)
     except Image.DecompressionBombError:
-        raise PillSnapError(f"more than {MOST_PIXELS:,} px") from None
+        raise PhotoRefused("large", f"more than {MOST_PIXELS:,} px") from None
     except Exception as e:  # Pillow's readers raise whatever the bytes lead them to
-        raise PillSnapError(f"the bytes are no picture in {', '.join(FORMATS)} ({type(e).__name__})") from None
+        raise PhotoRefused("strange", f"the bytes are no picture in {', '.join(FORMATS)} ({type(e).__name__})") from None
+    if kind == "MPO":  # a phone's JPEG with further pictures behind it, depth say: the first is the photo
+        kind, frames = "JPEG", 1
     if width * height > MOST_PIXELS or min(width, height) < LEAST_SIDE:
-        raise PillSnapError(f"{width} x {height} px: each side must have {LEAST_SIDE} px, all together at most {MOST_PIXELS:,}")
+        raise PhotoRefused("large" if width * height > MOST_PIXELS else "unfit", f"{width} x {height} px: each side must have {LEAST_SIDE} px, all together at most {MOST_PIXELS:,}")
     if frames > 1:
-        raise PillSnapError(f"{frames} frames: a photo has one")
+        raise PhotoRefused("unfit", f"{frames} frames: a photo has one")
     return {"format": kind, "width": width, "height": height}
