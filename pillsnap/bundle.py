@@ -8,14 +8,14 @@ __all__ = ['DECIDES', 'SUMS', 'PICTURES', 'PROVIDERS', 'MOST_CROPS', 'GOLDEN_WIT
            'picture_key', 'read_preprocess', 'open_detector', 'open_bundle', 'check_answer', 'golden_square',
            'describe_boxes', 'check_boxes', 'describe_drug', 'describe_pill', 'show_thumbnail', 'describe_answer']
 
-# %% ../nbs/03h_bundle.ipynb #f5d2b57e
+# %% ../nbs/03h_bundle.ipynb #94a0b3b4
 import base64
 import hashlib
 import threading
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,7 +121,7 @@ def later(make: Callable[[], Any]) -> Callable[[], Any]:
 
     return get
 
-# %% ../nbs/03h_bundle.ipynb #267beb7a
+# %% ../nbs/03h_bundle.ipynb #2694e44e
 GOLDEN_WITHIN = 0.05  # of a logit: other processors and providers add up in another order
 
 
@@ -142,6 +142,16 @@ class Bundle:
     @property
     def classes(self) -> list[str]:
         return self.answer["classes"]
+
+    @cached_property
+    def drugs(self) -> dict[str, dict[str, Any]]:
+        "All drugs of the registry, described."
+        registry = self.pipeline.registry
+        return {} if registry is None else {code: describe_drug(code, row) for code, row in registry.to_dict("index").items()}
+
+    def drug(self, k_code: str) -> dict[str, Any]:
+        "Look a drug up; of one that was enrolled only its code is known."
+        return self.drugs.get(k_code) or describe_drug(k_code, {})
 
     def thumbnail(self, picture: str) -> bytes | None:  # JPEG
         "Give the thumbnail of a gallery pill, if the bundle has it."
@@ -217,22 +227,18 @@ def check_boxes(folder: Path, wanted: Sequence[float], raw: np.ndarray) -> None:
     if not (np.abs(np.subtract(found, wanted)) <= BOXES_WITHIN).all():
         raise PillSnapError(f"bundle {folder}: the detector gives {found} for the golden photo, and gave {list(wanted)} when it was exported: take another provider, or export again")
 
-# %% ../nbs/03h_bundle.ipynb #8801f01c
-def describe_drug(k_code: str, registry: pd.DataFrame | None) -> dict[str, Any]:
-    "Look a drug up: codes, names and look, as far as the table has them; a missing code stays missing."
-    found: dict[str, Any] = {"k_code": k_code, "item_seq": None, "edi_codes": []}
-    if registry is None or k_code not in registry.index:
-        return found
-    row = {name: value for name, value in registry.loc[k_code].items() if value == value and value != ""}
-    found |= {name: row[name] for name in ("name", "name_en", "maker", "shape", "colour1", "colour2", "print_front", "print_back", "prescription") if name in row}
-    return found | ({"item_seq": int(row["item_seq"])} if "item_seq" in row else {}) | {"edi_codes": str(row.get("edi_codes", "")).split()}
+# %% ../nbs/03h_bundle.ipynb #58cbcc69
+def describe_drug(k_code: str, row: Mapping[str, Any]) -> dict[str, Any]:  # row: of the registry
+    "Describe a drug: codes, names and look, as far as the registry has them; what is missing stays missing."
+    row = {name: value for name, value in row.items() if value == value and value != ""}
+    numbers = {"item_seq": int(row["item_seq"]) if "item_seq" in row else None, "edi_codes": str(row.get("edi_codes", "")).split()}
+    return {"k_code": k_code} | numbers | {name: row[name] for name in ("name", "name_en", "maker", "shape", "colour1", "colour2", "print_front", "print_back", "prescription") if name in row}
 
 
 def describe_pill(box: np.ndarray, verdict: Verdict, bundle: Bundle, thumbnails: bool = False) -> dict[str, Any]:
     "Describe one pill."
-    registry = bundle.pipeline.registry
     return {"bbox": [round(float(v), 1) for v in box[:4]], "det_conf": round(float(box[4]), 4), "known": bool(verdict.known), "score": round(float(verdict.score), 4), "set": list(verdict.set),
-            "top": [describe_drug(code, registry) | {"confidence": round(float(p), 4)} for code, p in verdict.top],
+            "top": [bundle.drug(code) | {"confidence": round(float(p), 4)} for code, p in verdict.top],
             "evidence": [{"k_code": code, "picture": picture, "cosine": round(float(cosine), 4)} | (show_thumbnail(bundle, picture) if thumbnails else {}) for code, picture, cosine in verdict.evidence]}
 
 

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['NOTEBOOKS', 'OF_RUN', 'FILES', 'DECIDED', 'app', 'StageOption', 'DataOption', 'OverridesOption', 'FIGURES',
-           'notebook_parameters', 'choose_notebook', 'check_request', 'show_progress', 'show_event', 'forward_signals',
-           'training_pid', 'launched_since', 'tensorboard_beside', 'execute', 'report_run', 'publish',
-           'absolute_fields', 'absolute_paths', 'read_ahead', 'run_notebook', 'show_advice', 'run', 'synth', 'index',
-           'show_index', 'save_problems', 'doctor', 'show_diagnosis', 'lay_table', 'progress', 'do_steps',
-           'identify_photos', 'read_region', 'tell_answer', 'report', 'main']
+           'BundleOption', 'KeysOption', 'keys_app', 'notebook_parameters', 'choose_notebook', 'check_request',
+           'show_progress', 'show_event', 'forward_signals', 'training_pid', 'launched_since', 'tensorboard_beside',
+           'execute', 'report_run', 'publish', 'absolute_fields', 'absolute_paths', 'read_ahead', 'run_notebook',
+           'show_advice', 'run', 'synth', 'index', 'show_index', 'save_problems', 'doctor', 'show_diagnosis',
+           'lay_table', 'progress', 'do_steps', 'bundle_folder', 'keys_file', 'identify_photos', 'read_region',
+           'tell_answer', 'serve', 'add_a_key', 'list_keys', 'remove_a_key', 'reload_service', 'ask_service', 'report',
+           'main']
 
 # %% ../nbs/10_cli.ipynb #3ca6c7da
 import ast
@@ -499,12 +501,29 @@ def do_steps(steps: list[str]) -> int:  # exit status
             return status
     return 0
 
-# %% ../nbs/10_cli.ipynb #60e10384
+# %% ../nbs/10_cli.ipynb #20a88ca5
+BundleOption = Annotated[str, typer.Option("--bundle", help="A bundle's folder; default the newest export.")]
+KeysOption = Annotated[str, typer.Option("--keys", help="The file of keys; default keys.json in the work folder.")]
+
+
+def bundle_folder(given: str) -> Path:
+    "Find the bundle that is meant; raises PillSnapError where none was exported."
+    folder = Path(given).expanduser() if given else load_settings().work / "bundles/latest"
+    if not folder.is_dir():
+        raise PillSnapError(f"{folder} is not there: " + ("give the folder of a bundle" if given else "make a bundle with `pillsnap run export`, or give one with --bundle"))
+    return folder
+
+
+def keys_file(given: str) -> Path:
+    "Find the file of keys."
+    return Path(given).expanduser() if given else load_settings().work / "keys.json"
+
+# %% ../nbs/10_cli.ipynb #a8428aef
 @app.command(name="identify")
 def identify_photos(
     photos: Annotated[list[Path], typer.Argument(help="Photos: JPEG, PNG, BMP or WebP.")],
     mode: Annotated[str, typer.Option("--mode", help="single: one pill in the middle; combination: several, found first.")] = "single",
-    bundle: Annotated[str, typer.Option("--bundle", help="A bundle's folder; default the newest export.")] = "",
+    bundle: BundleOption = "",
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     region: Annotated[str, typer.Option("--region", help="Mode single: where the pill is, as x,y,w,h in px; for every photo.")] = "",
     back: Annotated[Path | None, typer.Option("--back", help="Mode single, one photo: a photo of the pill's other side.")] = None,
@@ -523,7 +542,7 @@ def identify_photos(
     from pillsnap.identify import Extra, identify
     from pillsnap.judge import read_hint
 
-    opened = open_bundle(Path(bundle) if bundle else load_settings().work / "bundles/latest", device)
+    opened = open_bundle(bundle_folder(bundle), device)
     said = Extra(back.read_bytes() if back else None, allow.split(",") if allow else None, read_hint(read_pairs(hint)))
     box = read_region(region)
     given = {"regions": [box] * len(photos)} if box else {}
@@ -558,6 +577,113 @@ def tell_answer(one: dict[str, Any]) -> list[str]:
         others = ", ".join(f"{drug['k_code']} {drug['confidence']:.2f}" for drug in pill["top"][1:3])
         lines.append(f"  {name}  {best['confidence']:.2f}   (then {others})" if pill["known"] else f"  not sure; nearest {name} {best['confidence']:.2f}, {others}")
     return lines
+
+# %% ../nbs/10_cli.ipynb #f19a8ca0
+@app.command()
+def serve(
+    bundle: BundleOption = "",
+    host: Annotated[str, typer.Option("--host", help="127.0.0.1: this machine only; 0.0.0.0: the network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8000,
+    keys: KeysOption = "",
+    insecure_localhost: Annotated[bool, typer.Option("--insecure-localhost", help="No keys, this machine only: to try it out.")] = False,
+    cors: Annotated[list[str] | None, typer.Option("--cors", help="A web page's origin that may ask from a browser, as https://example.org; several times for several.")] = None,
+    keep: Annotated[Path | None, typer.Option("--keep", help="Keep photos and answers in this folder; otherwise none is kept.")] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    workers: Annotated[int, typer.Option("--workers", min=0, help="Photos in work at once; 0: one for each core.")] = 0,
+    waiting: Annotated[int, typer.Option("--waiting", min=0, help="Photos that may wait; more are refused with 503.")] = 64,
+    lazy_detector: Annotated[bool, typer.Option("--lazy-detector", help="Load the detector when it is first needed.")] = False,
+) -> None:
+    """Serve a bundle over HTTP, with a page at / for a browser.
+
+    Examples: `pillsnap serve --insecure-localhost` · `pillsnap keys add phone-app`, then `pillsnap serve --host 0.0.0.0 --port 8000`
+    """
+    from pillsnap.serve import Serving, serve
+
+    folder = bundle_folder(bundle)
+    serve(Serving(folder, device, workers, waiting, lazy_detector, keep), host, port, None if insecure_localhost else keys_file(keys), cors or [])
+
+# %% ../nbs/10_cli.ipynb #e3fb5eae
+keys_app = typer.Typer(no_args_is_help=True, help="The keys of a service: add, list, remove. A running service follows at once.")
+app.add_typer(keys_app, name="keys")
+
+
+@keys_app.command(name="add")
+def add_a_key(
+    name: Annotated[str, typer.Argument(help="Of the app or the person; it stands in logs.")],
+    keys: KeysOption = "",
+    admin: Annotated[bool, typer.Option("--admin", help="It may make the service take another bundle.")] = False,
+    rate: Annotated[int, typer.Option("--rate", help="Requests a minute.")] = 100,
+) -> None:
+    """Make a key and print it, once: only its hash is kept.
+
+    Example: `pillsnap keys add phone-app --rate 600`
+    """
+    from pillsnap.keys import add_key
+
+    path = keys_file(keys)
+    print(add_key(path, name, admin, rate))
+    print(f"Send it as X-API-Key. It is not kept; its hash is in {path}", file=sys.stderr)
+
+
+@keys_app.command(name="list")
+def list_keys(keys: KeysOption = "") -> None:
+    """List the keys' names, rates and rights.
+
+    Example: `pillsnap keys list`
+    """
+    from pillsnap.keys import read_keys
+
+    for key in read_keys(keys_file(keys)):
+        print(f"{key.name}  {key.rate} a minute{'  may reload' if key.admin else ''}  since {key.created}")
+
+
+@keys_app.command(name="remove")
+def remove_a_key(name: Annotated[str, typer.Argument(help="As `pillsnap keys list` shows it.")], keys: KeysOption = "") -> None:
+    """Take a key away; a running service refuses it from then on.
+
+    Example: `pillsnap keys remove phone-app`
+    """
+    from pillsnap.keys import remove_key
+
+    remove_key(keys_file(keys), name)
+
+# %% ../nbs/10_cli.ipynb #68fc4bdd
+@app.command(name="reload")
+def reload_service(
+    bundle: Annotated[str, typer.Argument(help="Name of a folder in the service's bundles folder.")] = "latest",
+    url: Annotated[str, typer.Option("--url", help="Where the service answers.")] = "http://127.0.0.1:8000",
+    key: Annotated[str, typer.Option("--key", envvar="PILL_API_KEY", help="A key that may; without one as with --insecure-localhost.")] = "",
+) -> None:
+    """Let a running service take another bundle, and check that it answers.
+
+    Examples: `pillsnap reload` · `PILL_API_KEY=… pillsnap reload stage_3-0123456789abcdef --url https://pills.example.org`
+    """
+    taken = ask_service(url, "/reload", key, {"bundle": bundle})
+    now = ask_service(url, "/version", key)["bundle"]
+    if now != taken["bundle"]:
+        raise PillSnapError(f"{url} took {taken['bundle']}, but answers with {now}: another reload came between, or several services share this address")
+    print(f"{url} answers with {now} ({taken['folder']}), before {taken['before']}")
+
+
+def ask_service(url: str, path: str, key: str, sent: dict[str, Any] | None = None) -> dict[str, Any]:
+    "Ask a service; raises PillSnapError with what it said."
+    import json
+    from urllib.error import HTTPError, URLError
+    from urllib.request import Request, urlopen
+
+    asked = Request(url.rstrip("/") + path, None if sent is None else json.dumps(sent).encode(), {"X-API-Key": key, "Content-Type": "application/json"})
+    try:
+        with urlopen(asked, timeout=120) as answer:
+            return json.load(answer)
+    except HTTPError as e:
+        said = e.read()[:2000].decode("utf-8", "replace")
+        try:
+            said = json.loads(said)["message"]
+        except (ValueError, KeyError, TypeError):
+            pass
+        raise PillSnapError(f"{url}{path} says {e.code}: {said}") from None
+    except (URLError, OSError, ValueError) as e:
+        raise PillSnapError(f"{url} does not answer: {getattr(e, 'reason', e)}; is it `pillsnap serve`?") from None
 
 # %% ../nbs/10_cli.ipynb #f4816c42
 @app.command()

@@ -9,7 +9,7 @@ __all__ = ['TEXTS', 'Problem', 'Drug', 'Candidate', 'Evidence', 'Pill', 'Found',
            'read_hints', 'read_ask', 'read_identification', 'be_careful', 'describe_found', 'name_candidate',
            'describe_analysis', 'in_region', 'drugs_of_item', 'look_up']
 
-# %% ../nbs/06c_replies.ipynb #e4d15dc4
+# %% ../nbs/06c_replies.ipynb #00caa7f7
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from .bundle import Bundle, describe_answer, describe_drug
+from .bundle import Bundle, describe_answer
 from .core import PillSnapError, suggest
 from .door import Refusal
 from .identify import Answer, Extra
@@ -264,7 +264,7 @@ def read_identification(text: str, region: str, bundle: Bundle) -> Ask:
         raise Refusal(422, "identification_data.k_codes: give a list of K-codes")
     return Ask(read_roi(region) if region else None, None if codes is None else check_allowed(codes, bundle), read_hints(given))
 
-# %% ../nbs/06c_replies.ipynb #3f7291ef
+# %% ../nbs/06c_replies.ipynb #ff570862
 def be_careful(pill: dict[str, Any], least: float) -> dict[str, Any]:
     "Count a pill as not known below the caller's confidence."
     return pill | {"known": pill["known"] and pill["top"][0]["confidence"] >= least}
@@ -288,7 +288,7 @@ def describe_analysis(answer: Answer, bundle: Bundle, seconds: Mapping[str, floa
     dets = [{"bbox": pill["bbox"], "det_conf": pill["det_conf"], "known": pill["known"], "top1": name_candidate(pill["top"][0]), "top3": [name_candidate(drug) for drug in pill["top"][:3]]} for pill in pills]
     codes = dict.fromkeys(pill["top"][0]["k_code"] for pill in pills if pill["known"])
     status = "nothing_found" if not dets else "ok" if all(det["known"] for det in dets) else "not_sure"
-    return {"status": status, "inference": {"dets": dets}, "drugs": [describe_drug(code, bundle.pipeline.registry) for code in codes], "request_id": request_id,
+    return {"status": status, "inference": {"dets": dets}, "drugs": [bundle.drug(code) for code in codes], "request_id": request_id,
             "latency_ms": found["latency_ms"] | {"total": round(1000 * sum(seconds.values()), 2)}, "bundle": bundle.hash}
 
 
@@ -297,23 +297,15 @@ def in_region(box: Sequence[float], region: Sequence[float]) -> bool:
     x, y = box[0] + box[2] / 2, box[1] + box[3] / 2
     return region[0] <= x <= region[0] + region[2] and region[1] <= y <= region[1] + region[3]
 
-# %% ../nbs/06c_replies.ipynb #17f4a6fc
+# %% ../nbs/06c_replies.ipynb #9d2e2ee5
 def drugs_of_item(item_seq: int, bundle: Bundle) -> list[dict[str, Any]]:
     "Find the K-codes of a permit number; several may share one."
-    registry = bundle.pipeline.registry
-    return [describe_drug(code, registry) for code in registry.index[registry.item_seq == str(item_seq)]]
+    return [drug for drug in bundle.drugs.values() if drug["item_seq"] == item_seq]
 
 
 def look_up(asked: DrugsAsked, bundle: Bundle) -> dict[str, Any]:  # as DrugsFound
     "Look up a list of drugs."
-    registry, found, unknown = bundle.pipeline.registry, {}, []
-    for item in dict.fromkeys(asked.item_seqs):
-        drugs = drugs_of_item(item, bundle)
-        unknown += [] if drugs else [item]
-        found |= {drug["k_code"]: drug for drug in drugs}
-    for code in dict.fromkeys(asked.k_codes):
-        if code in registry.index:
-            found[code] = describe_drug(code, registry)
-        else:
-            unknown.append(code)
-    return {"drugs": list(found.values()), "unknown": unknown}
+    items, codes = set(asked.item_seqs), set(asked.k_codes)
+    found = [drug for code, drug in bundle.drugs.items() if code in codes or drug["item_seq"] in items]
+    unknown = [*sorted(items - {drug["item_seq"] for drug in found}), *sorted(codes - bundle.drugs.keys())]
+    return {"drugs": found, "unknown": unknown}

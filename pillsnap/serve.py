@@ -6,11 +6,11 @@
 __all__ = ['STATUS', 'NOTICE', 'router', 'Mode', 'FORM', 'MOST_PHOTOS', 'MOST_TOGETHER', 'STATIC', 'FILES', 'BODIES', 'LOGGING',
            'Serving', 'Work', 'look_at', 'work_on', 'count_cores', 'open_served', 'Service', 'choose_bundle',
            'take_bundle', 'reply', 'check_answered', 'form_body', 'health', 'version', 'metrics', 'predict',
-           'note_work', 'batch', 'analyze', 'drug_of_item', 'drugs', 'reload', 'kind_of', 'write_kept', 'keep_photos',
-           'page', 'static', 'icon', 'hand_on', 'write_line', 'make_app', 'describe_api', 'PatientProtocol',
-           'JsonLines', 'open_port', 'serve']
+           'the_photo', 'note_work', 'batch', 'analyze', 'drug_of_item', 'drugs', 'reload', 'kind_of', 'write_kept',
+           'keep_photos', 'page', 'static', 'icon', 'hand_on', 'write_line', 'make_app', 'describe_api',
+           'PatientProtocol', 'JsonLines', 'open_port', 'serve']
 
-# %% ../nbs/07_serve.ipynb #579bf111
+# %% ../nbs/07_serve.ipynb #eb9dfa33
 import asyncio
 import json
 import logging
@@ -39,7 +39,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 import pillsnap
 from .bundle import Bundle, open_bundle
 from .core import PillSnapError, atomic_path
-from .door import Counts, Door, Refusal, Rules, Visit, read_form, visit_of
+from .door import Counts, Door, Form, Refusal, Rules, Visit, read_form, visit_of
 from .identify import MODES, Answer, Extra, identify
 from .keys import KeyRing
 from .preprocess import MOST_BYTES, PhotoRefused, check_image, golden_photo
@@ -209,7 +209,7 @@ async def metrics(request: Request) -> Response:
     "Give counts and times as Prometheus reads them."
     return Response(generate_latest(request.app.state.service.counts.registry), media_type="text/plain")
 
-# %% ../nbs/07_serve.ipynb #8a19b2b6
+# %% ../nbs/07_serve.ipynb #09e56284
 FORM = {"image": 1, "image_back": 1}
 
 
@@ -217,22 +217,27 @@ FORM = {"image": 1, "image_back": 1}
 async def predict(request: Request, mode: Mode = "single", top: int = Query(5, ge=1, le=20), thumbnails: bool = False) -> Response:
     "Say which drugs are on a photo, or that it is not sure. `image_back` is the pill's other side, in mode single."
     service, visit = request.app.state.service, visit_of(request)
-    photos, texts = await read_form(request, FORM, TEXTS)
-    if "image" not in photos:
-        raise Refusal(422, "the form has no photo: send it as `image`")
-    ask = read_ask(texts, service.bundle)
-    work = await service.identify(photos["image"], mode, [ask.region] if "roi" in texts else None, [ask.extra(*photos.get("image_back", ()))], top)
+    form = await read_form(request, FORM, TEXTS)
+    ask, photos = read_ask(form.texts, service.bundle), the_photo(form)
+    work = await service.identify(photos, mode, [ask.region] if ask.region else None, [ask.extra(*form.photos.get("image_back", ()))], top)
     found = describe_found(check_answered(work.answers[0]), work.bundle, work.seconds, ask.least, thumbnails) | {"request_id": visit.id}
     note_work(visit, work, found["pills"])
-    await keep_photos(service.serving.keep, visit, photos, found)
+    await keep_photos(service.serving.keep, visit, form.photos, found)
     return reply(found)
+
+
+def the_photo(form: Form) -> list[bytes]:
+    "Give the one photo of a form; raises Refusal where it is missing."
+    if "image" not in form.photos:
+        raise Refusal(422, "the form has no photo: send it as `image`")
+    return form.photos["image"]
 
 
 def note_work(visit: Visit, work: Work, pills: Sequence[Mapping[str, Any]]) -> None:
     "Note for the log what was found."
     visit.notes |= {"bundle": work.bundle.hash, "pills": len(pills), "known": sum(pill["known"] for pill in pills), "steps_ms": {step: round(1000 * s, 1) for step, s in work.seconds.items()}}
 
-# %% ../nbs/07_serve.ipynb #f21c8a79
+# %% ../nbs/07_serve.ipynb #07ead5ca
 MOST_PHOTOS, MOST_TOGETHER = 16, 100_000_000  # of a batch: photos, bytes
 
 
@@ -240,35 +245,34 @@ MOST_PHOTOS, MOST_TOGETHER = 16, 100_000_000  # of a batch: photos, bytes
 async def batch(request: Request, mode: Mode = "single", top: int = Query(5, ge=1, le=20)) -> Response:
     "Say which drugs are on each of up to 16 photos; one that cannot be answered says so in its place."
     service, visit = request.app.state.service, visit_of(request)
-    photos, texts = await read_form(request, {"images": MOST_PHOTOS}, {name: TEXTS[name] for name in ("conf_threshold", "allowed_k_codes")})
-    sent = photos.get("images", [])
+    form = await read_form(request, {"images": MOST_PHOTOS}, ("conf_threshold", "allowed_k_codes"))
+    sent = form.photos.get("images", [])
     if not sent or sum(map(len, sent)) > MOST_TOGETHER:
         raise Refusal(413 if sent else 422, f"the photos have more than {MOST_TOGETHER:,} bytes" if sent else "the form has no photos: send them as `images`")
-    ask = read_ask(texts, service.bundle)
+    ask = read_ask(form.texts, service.bundle)
     work = await service.identify(sent, mode, None, [ask.extra()] * len(sent), top)
     answers = [answer if isinstance(answer, Answer) else Answer([], [], f"the photo is refused: {answer}") for answer in work.answers]
     told = [describe_found(answer, work.bundle, work.seconds, ask.least) for answer in answers]
     note_work(visit, work, [pill for found in told for pill in found["pills"]])
     found = {"answers": told, "bundle": work.bundle.hash, "request_id": visit.id}
-    await keep_photos(service.serving.keep, visit, photos, found)
+    await keep_photos(service.serving.keep, visit, form.photos, found)
     return reply(found)
 
-# %% ../nbs/07_serve.ipynb #a296e110
+# %% ../nbs/07_serve.ipynb #6c13885e
 @router.post("/v1/analyze", response_model=Analyzed, openapi_extra=form_body({"image": 1}, {"roi": TEXTS["roi"], "mode": "cls_only (one pill, the default) or detect_cls", "identification_data": 'JSON: {"shape", "colour", "imprint", "line", "k_codes"}, each if known'}, ["image"]))
 async def analyze(request: Request) -> Response:
     "Say which drugs are on a photo, in the words of the phone app. In mode detect_cls a region keeps the pills whose middle lies in it."
     service, visit = request.app.state.service, visit_of(request)
-    photos, texts = await read_form(request, {"image": 1}, dict.fromkeys(("roi", "mode", "identification_data")))
-    if "image" not in photos:
-        raise Refusal(422, "the form has no photo: send it as `image`")
+    form = await read_form(request, {"image": 1}, ("roi", "mode", "identification_data"))
+    photos, texts = the_photo(form), form.texts
     mode = {"cls_only": "single", "detect_cls": "combination"}.get(said := texts.get("mode", "cls_only"))
     if mode is None:
         raise Refusal(422, f"mode={said[:40]!r}: give cls_only or detect_cls")
     ask = read_identification(texts.get("identification_data", ""), texts.get("roi", ""), service.bundle)
-    work = await service.identify(photos["image"], mode, [ask.region] if ask.region and mode == "single" else None, [ask.extra()])
+    work = await service.identify(photos, mode, [ask.region] if ask.region and mode == "single" else None, [ask.extra()])
     found = describe_analysis(check_answered(work.answers[0]), work.bundle, work.seconds, visit.id, ask.region if mode == "combination" else None)
     note_work(visit, work, found["inference"]["dets"])
-    await keep_photos(service.serving.keep, visit, photos, found)
+    await keep_photos(service.serving.keep, visit, form.photos, found)
     return reply(found)
 
 # %% ../nbs/07_serve.ipynb #03eeb63d
