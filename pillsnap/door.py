@@ -6,7 +6,7 @@
 __all__ = ['CODES', 'SAFE', 'HERE', 'TEXT_BYTES', 'Refusal', 'problem', 'Rules', 'Held', 'Counts', 'Visit', 'name_request',
            'visit_of', 'drain', 'count_body', 'Door', 'Form', 'read_text', 'read_form']
 
-# %% ../nbs/06b_door.ipynb #acf84b96
+# %% ../nbs/06b_door.ipynb #f4f57377
 import asyncio
 import json
 import re
@@ -17,7 +17,6 @@ from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import orjson
 from multipart import MultipartError, MultipartSegment, ParserLimitReached, PushMultipartParser, parse_options_header
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.exceptions import HTTPException
@@ -28,7 +27,7 @@ from .core import suggest
 from .keys import Buckets, Key, KeyRing
 from .preprocess import MOST_BYTES
 
-# %% ../nbs/06b_door.ipynb #884bfc4c
+# %% ../nbs/06b_door.ipynb #7b7acac3
 CODES = {400: "bad_request", 401: "unauthorized", 403: "forbidden", 404: "not_found", 405: "method_not_allowed", 408: "too_slow", 413: "too_large", 415: "unsupported_media", 422: "invalid", 429: "too_many_requests", 500: "internal", 503: "busy"}
 
 
@@ -45,7 +44,7 @@ def problem(error: HTTPException, request_id: str) -> Response:
     "Say what is wrong, as JSON."
     code = getattr(error, "code", CODES.get(error.status_code, "bad_request"))
     body = {"code": code, "message": str(error.detail), "request_id": request_id}
-    return Response(orjson.dumps(body), error.status_code, dict(error.headers or {}), "application/json")
+    return Response(json.dumps(body, ensure_ascii=False).encode("utf-8", "replace"), error.status_code, dict(error.headers or {}), "application/json")
 
 # %% ../nbs/06b_door.ipynb #00db76e5
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ __all__ = ['STATUS', 'NOTICE', 'router', 'Mode', 'FORM', 'MOST_PHOTOS', 'MOST_TO
            'keep_photos', 'page', 'static', 'icon', 'hand_on', 'write_line', 'make_app', 'describe_api',
            'PatientProtocol', 'JsonLines', 'open_port', 'serve']
 
-# %% ../nbs/07_serve.ipynb #eb9dfa33
+# %% ../nbs/07_serve.ipynb #a414a449
 import asyncio
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 import time
@@ -43,7 +44,7 @@ from .door import Counts, Door, Form, Refusal, Rules, Visit, read_form, visit_of
 from .identify import MODES, Answer, Extra, identify
 from .keys import KeyRing
 from .preprocess import MOST_BYTES, PhotoRefused, check_image, golden_photo
-from .replies import (TEXTS, Analyzed, Ask, BundleAsked, BundleTaken, DrugsAsked, DrugsFound, DrugsOfItem, Health, Predicted, PredictedBatch, Problem, Version, describe_analysis, describe_found, drugs_of_item, look_up, read_ask,
+from .replies import (TEXTS, Analyzed, Ask, BundleAsked, BundleTaken, DrugsAsked, DrugsFound, DrugsOfItem, Health, ItemSeq, Predicted, PredictedBatch, Problem, Version, describe_analysis, describe_found, drugs_of_item, look_up, read_ask,
                               read_identification)
 
 # %% ../nbs/07_serve.ipynb #8a06ad5e
@@ -275,9 +276,9 @@ async def analyze(request: Request) -> Response:
     await keep_photos(service.serving.keep, visit, form.photos, found)
     return reply(found)
 
-# %% ../nbs/07_serve.ipynb #03eeb63d
+# %% ../nbs/07_serve.ipynb #a9cdf9de
 @router.get("/v1/drugs/item/{item_seq}", response_model=DrugsOfItem, responses={404: {"model": Problem}})
-async def drug_of_item(request: Request, item_seq: int) -> Response:
+async def drug_of_item(request: Request, item_seq: ItemSeq) -> Response:
     "Look up the K-codes of a permit number."
     if not (drugs := drugs_of_item(item_seq, request.app.state.service.bundle)):
         raise Refusal(404, f"no drug of this bundle has the permit number {item_seq}")
@@ -348,7 +349,7 @@ async def icon() -> Response:
     "Give the page's icon."
     return FileResponse(STATIC / "icon.svg", media_type=FILES["icon.svg"])
 
-# %% ../nbs/07_serve.ipynb #ace6b8e6
+# %% ../nbs/07_serve.ipynb #c8c9c257
 async def hand_on(request: Request, error: Exception) -> Response:
     "Hand an error on to the door, which has one form for all."
     if isinstance(error, RequestValidationError):
@@ -360,7 +361,7 @@ async def hand_on(request: Request, error: Exception) -> Response:
 def write_line(record: Mapping[str, Any]) -> None:
     "Write one line of the log."
     line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())} | dict(record)
-    print(orjson.dumps(line, default=str).decode(), file=sys.stderr, flush=True)
+    print(json.dumps(line, default=str), file=sys.stderr, flush=True)
 
 
 BODIES = {"/predict": 2 * MOST_BYTES + 1_000_000, "/v1/analyze": MOST_BYTES + 1_000_000, "/batch": MOST_TOGETHER + 1_000_000}  # bytes
@@ -437,7 +438,7 @@ class JsonLines(logging.Formatter):
 LOGGING = {"version": 1, "disable_existing_loggers": False, "formatters": {"json": {"()": JsonLines}}, "handlers": {"err": {"class": "logging.StreamHandler", "formatter": "json", "stream": "ext://sys.stderr"}},
            "loggers": {"uvicorn": {"handlers": ["err"], "level": "WARNING", "propagate": False}}}
 
-# %% ../nbs/07_serve.ipynb #c34edea7
+# %% ../nbs/07_serve.ipynb #7d4e1d81
 def open_port(host: str, port: int) -> socket.socket:
     "Take a port; raises PillSnapError where that cannot be."
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -461,4 +462,6 @@ def serve(serving: Serving, host: str, port: int, keys: Path | None, origins: Se
         shown = f"[{host}]" if ":" in host else host
         write_line({"event": "serving", "url": f"http://{shown}:{listening.getsockname()[1]}/", "notice": NOTICE})
         config = uvicorn.Config(make_app(service, ring, origins), http=PatientProtocol, lifespan="on", log_config=LOGGING, access_log=False, server_header=False, timeout_graceful_shutdown=30, ws="none")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: None)  # uvicorn raises the signal again at its end: an orderly end is no failure
         uvicorn.Server(config).run([listening])

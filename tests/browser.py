@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -24,7 +25,8 @@ class Browser:
                                         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         port = next(found[1] for line in self.process.stderr if (found := re.search(r"ws://[^:]+:(\d+)/", line)))
         [page] = [page for page in json.load(urlopen(f"http://127.0.0.1:{port}/json")) if page["type"] == "page"]
-        self.socket, self.ids, self.complaints = connect(page["webSocketDebuggerUrl"], max_size=None), itertools.count(1), []
+        self.stack, self.ids, self.complaints = ExitStack(), itertools.count(1), []
+        self.socket = self.stack.enter_context(connect(page["webSocketDebuggerUrl"], max_size=None))
         for domain in ("Page", "Runtime", "DOM", "Log", "Network"):
             self.call(f"{domain}.enable")
         self.resize(width, height)
@@ -83,7 +85,7 @@ class Browser:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"]))
 
     def close(self) -> None:
-        self.socket.close()
+        self.stack.close()
         self.process.kill()
         self.process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
