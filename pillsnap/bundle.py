@@ -8,7 +8,7 @@ __all__ = ['DECIDES', 'SUMS', 'PICTURES', 'PROVIDERS', 'MOST_CROPS', 'GOLDEN_WIT
            'picture_key', 'read_preprocess', 'open_detector', 'open_bundle', 'check_answer', 'golden_square',
            'describe_boxes', 'check_boxes', 'describe_drug', 'describe_pill', 'show_thumbnail', 'describe_answer']
 
-# %% ../nbs/03h_bundle.ipynb #94a0b3b4
+# %% ../nbs/03h_bundle.ipynb #f02124ea
 import base64
 import hashlib
 import threading
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from .boxes import letterbox, run_detector
 from .core import PillSnapError, content_hash, read_json, suggest

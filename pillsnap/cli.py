@@ -9,8 +9,7 @@ __all__ = ['NOTEBOOKS', 'OF_RUN', 'FILES', 'DECIDED', 'app', 'StageOption', 'Dat
            'execute', 'report_run', 'publish', 'absolute_fields', 'absolute_paths', 'read_ahead', 'run_notebook',
            'show_advice', 'run', 'synth', 'index', 'show_index', 'save_problems', 'doctor', 'show_diagnosis',
            'lay_table', 'progress', 'do_steps', 'bundle_folder', 'keys_file', 'identify_photos', 'read_region',
-           'tell_answer', 'serve', 'add_a_key', 'list_keys', 'remove_a_key', 'reload_service', 'ask_service', 'report',
-           'main']
+           'tell_answer', 'serve', 'add_a_key', 'list_keys', 'remove_a_key', 'reload_service', 'report', 'main']
 
 # %% ../nbs/10_cli.ipynb #3ca6c7da
 import ast
@@ -647,7 +646,7 @@ def remove_a_key(name: Annotated[str, typer.Argument(help="As `pillsnap keys lis
 
     remove_key(keys_file(keys), name)
 
-# %% ../nbs/10_cli.ipynb #68fc4bdd
+# %% ../nbs/10_cli.ipynb #bb2940e2
 @app.command(name="reload")
 def reload_service(
     bundle: Annotated[str, typer.Argument(help="Name of a folder in the service's bundles folder.")] = "latest",
@@ -658,32 +657,10 @@ def reload_service(
 
     Examples: `pillsnap reload` · `PILL_API_KEY=… pillsnap reload stage_3-0123456789abcdef --url https://pills.example.org`
     """
-    taken = ask_service(url, "/reload", key, {"bundle": bundle})
-    now = ask_service(url, "/version", key)["bundle"]
-    if now != taken["bundle"]:
-        raise PillSnapError(f"{url} took {taken['bundle']}, but answers with {now}: another reload came between, or several services share this address")
-    print(f"{url} answers with {now} ({taken['folder']}), before {taken['before']}")
+    from pillsnap.client import Client
 
-
-def ask_service(url: str, path: str, key: str, sent: dict[str, Any] | None = None) -> dict[str, Any]:
-    "Ask a service; raises PillSnapError with what it said."
-    import json
-    from urllib.error import HTTPError, URLError
-    from urllib.request import Request, urlopen
-
-    asked = Request(url.rstrip("/") + path, None if sent is None else json.dumps(sent).encode(), {"X-API-Key": key, "Content-Type": "application/json"})
-    try:
-        with urlopen(asked, timeout=120) as answer:
-            return json.load(answer)
-    except HTTPError as e:
-        said = e.read()[:2000].decode("utf-8", "replace")
-        try:
-            said = json.loads(said)["message"]
-        except (ValueError, KeyError, TypeError):
-            pass
-        raise PillSnapError(f"{url}{path} says {e.code}: {said}") from None
-    except (URLError, OSError, ValueError) as e:
-        raise PillSnapError(f"{url} does not answer: {getattr(e, 'reason', e)}; is it `pillsnap serve`?") from None
+    taken = Client(url, key).reload(bundle)
+    print(f"{url} answers with {taken['bundle']} ({taken['folder']}), before {taken['before']}")
 
 # %% ../nbs/10_cli.ipynb #f4816c42
 @app.command()

@@ -8,20 +8,20 @@ __all__ = ['STATUS', 'NOTICE', 'router', 'Mode', 'FORM', 'MOST_PHOTOS', 'MOST_TO
            'take_bundle', 'reply', 'check_answered', 'form_body', 'health', 'version', 'metrics', 'predict',
            'the_photo', 'note_work', 'batch', 'analyze', 'drug_of_item', 'drugs', 'reload', 'kind_of', 'write_kept',
            'keep_photos', 'page', 'static', 'icon', 'hand_on', 'write_line', 'make_app', 'describe_api',
-           'PatientProtocol', 'JsonLines', 'open_port', 'serve']
+           'PatientProtocol', 'JsonLines', 'open_port', 'serve', 'run_beside']
 
-# %% ../nbs/07_serve.ipynb #a414a449
+# %% ../nbs/07_serve.ipynb #ccd58cab
 import asyncio
 import json
 import logging
 import os
 import signal
 import socket
-import sys
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,7 +44,7 @@ from .door import Counts, Door, Form, Refusal, Rules, Visit, read_form, visit_of
 from .identify import MODES, Answer, Extra, identify
 from .keys import KeyRing
 from .preprocess import MOST_BYTES, PhotoRefused, check_image, golden_photo
-from .replies import (TEXTS, Analyzed, Ask, BundleAsked, BundleTaken, DrugsAsked, DrugsFound, DrugsOfItem, Health, ItemSeq, Predicted, PredictedBatch, Problem, Version, describe_analysis, describe_found, drugs_of_item, look_up, read_ask,
+from .replies import (TEXTS, Analyzed, BundleAsked, BundleTaken, DrugsAsked, DrugsFound, DrugsOfItem, Health, ItemSeq, Predicted, PredictedBatch, Problem, Version, describe_analysis, describe_found, drugs_of_item, look_up, read_ask,
                               read_identification)
 
 # %% ../nbs/07_serve.ipynb #8a06ad5e
@@ -349,7 +349,7 @@ async def icon() -> Response:
     "Give the page's icon."
     return FileResponse(STATIC / "icon.svg", media_type=FILES["icon.svg"])
 
-# %% ../nbs/07_serve.ipynb #c8c9c257
+# %% ../nbs/07_serve.ipynb #924a6da6
 async def hand_on(request: Request, error: Exception) -> Response:
     "Hand an error on to the door, which has one form for all."
     if isinstance(error, RequestValidationError):
@@ -359,9 +359,9 @@ async def hand_on(request: Request, error: Exception) -> Response:
 
 
 def write_line(record: Mapping[str, Any]) -> None:
-    "Write one line of the log."
+    "Write one line of the log, to standard output; standard error has what libraries say about broken pictures."
     line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())} | dict(record)
-    print(json.dumps(line, default=str), file=sys.stderr, flush=True)
+    print(json.dumps(line, default=str), flush=True)
 
 
 BODIES = {"/predict": 2 * MOST_BYTES + 1_000_000, "/v1/analyze": MOST_BYTES + 1_000_000, "/batch": MOST_TOGETHER + 1_000_000}  # bytes
@@ -426,7 +426,7 @@ class PatientProtocol(HttpToolsProtocol):
             self.timer.cancel()
             self.timer = None
 
-# %% ../nbs/07_serve.ipynb #389daacc
+# %% ../nbs/07_serve.ipynb #21b8e34a
 class JsonLines(logging.Formatter):
     "Lines of the server itself, in the form of the others."
 
@@ -435,8 +435,8 @@ class JsonLines(logging.Formatter):
         return json.dumps(line | ({"trace": self.formatException(record.exc_info)} if record.exc_info else {}), ensure_ascii=False)
 
 
-LOGGING = {"version": 1, "disable_existing_loggers": False, "formatters": {"json": {"()": JsonLines}}, "handlers": {"err": {"class": "logging.StreamHandler", "formatter": "json", "stream": "ext://sys.stderr"}},
-           "loggers": {"uvicorn": {"handlers": ["err"], "level": "WARNING", "propagate": False}}}
+LOGGING = {"version": 1, "disable_existing_loggers": False, "formatters": {"json": {"()": JsonLines}}, "handlers": {"out": {"class": "logging.StreamHandler", "formatter": "json", "stream": "ext://sys.stdout"}},
+           "loggers": {"uvicorn": {"handlers": ["out"], "level": "WARNING", "propagate": False}}}
 
 # %% ../nbs/07_serve.ipynb #7d4e1d81
 def open_port(host: str, port: int) -> socket.socket:
@@ -465,3 +465,19 @@ def serve(serving: Serving, host: str, port: int, keys: Path | None, origins: Se
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: None)  # uvicorn raises the signal again at its end: an orderly end is no failure
         uvicorn.Server(config).run([listening])
+
+# %% ../nbs/07_serve.ipynb #2f094e81
+@contextmanager
+def run_beside(app: FastAPI) -> Iterator[str]:  # its address
+    "Run an application in a thread of this process while the block runs, for notebooks and tests."
+    with open_port("127.0.0.1", 0) as listening:
+        server = uvicorn.Server(uvicorn.Config(app, http=PatientProtocol, lifespan="on", log_config=None, access_log=False))
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()

@@ -84,10 +84,10 @@ def naive_app(bundle: Path, blocking: bool):
 
 def start(words: list[str]) -> tuple[subprocess.Popen, int]:
     "Start a server and read its port."
-    process = subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=HERE.parent.parent)
-    for line in process.stderr:
+    process = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=HERE.parent.parent)
+    for line in process.stdout:
         if found := re.search(r"http://127\.0\.0\.1:(\d+)", line):
-            ThreadPoolExecutor(1).submit(process.stderr.read)  # its log is thrown away
+            ThreadPoolExecutor(1).submit(process.stdout.read)  # its log is thrown away
             return process, int(found[1])
     raise SystemExit(f"{words} did not start")
 

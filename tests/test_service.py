@@ -2,7 +2,6 @@
 import io
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -11,7 +10,6 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from http.client import HTTPConnection
 
 import httpx
@@ -19,7 +17,6 @@ import numpy as np
 import psutil
 import pytest
 import schemathesis
-import uvicorn
 from hypothesis import HealthCheck, Phase, given, settings as hypothesis_settings
 from hypothesis.errors import Unsatisfiable
 from PIL import Image
@@ -34,7 +31,7 @@ from pillsnap.door import Rules
 from pillsnap.export import ensure_bundle
 from pillsnap.keys import KeyRing, add_key, remove_key
 from pillsnap.preprocess import MOST_BYTES
-from pillsnap.serve import BODIES, PatientProtocol, Service, Serving, make_app, open_port
+from pillsnap.serve import BODIES, PatientProtocol, Service, Serving, make_app, open_port, run_beside
 
 SLOW = os.environ.get("SLOW_REQUESTS", "")  # how many broken requests the long test sends
 
@@ -65,26 +62,10 @@ def tray(own):
     return sorted((own.work / "synthetic").rglob("K-*_2_0_2_90_000_200.png"))[0]
 
 
-@contextmanager
-def running(app):
-    "Run an application on a port of its own, in a thread."
-    with open_port("127.0.0.1", 0) as listening:
-        server = uvicorn.Server(uvicorn.Config(app, http=PatientProtocol, lifespan="on", log_config=None, access_log=False))
-        thread = threading.Thread(target=server.run, args=([listening],))
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        try:
-            yield listening.getsockname()[1]
-        finally:
-            server.should_exit = True
-            thread.join()
-
-
 class Served:
-    def __init__(self, port, key, admin, lines, service, keys):
-        self.port, self.key, self.admin, self.lines, self.service, self.keys = port, key, admin, lines, service, keys
-        self.url = f"http://127.0.0.1:{port}"
+    def __init__(self, url, key, admin, lines, keys):
+        self.url, self.key, self.admin, self.lines, self.keys = url, key, admin, lines, keys
+        self.port = int(url.rsplit(":", 1)[1])
         self.client = httpx.Client(base_url=self.url, headers={"X-API-Key": key}, timeout=60)
 
 
@@ -95,8 +76,8 @@ def served(bundles, tmp_path_factory):
     key, admin = add_key(keys, "app", rate=10**9), add_key(keys, "ops", admin=True, rate=10**9)
     service = Service(Serving(bundles / "latest", waiting=1000))
     ring = KeyRing(keys)
-    with running(make_app(service, ring, log=lines.append, rules=Rules(ring, bodies=BODIES, slow=1.0))) as port:
-        yield Served(port, key, admin, lines, service, keys)
+    with run_beside(make_app(service, ring, log=lines.append, rules=Rules(ring, bodies=BODIES, slow=1.0))) as url:
+        yield Served(url, key, admin, lines, keys)
 
 
 def photo_bytes(kind="PNG", side=(96, 80), **how):
@@ -111,13 +92,13 @@ def photo_bytes(kind="PNG", side=(96, 80), **how):
 def start(bundles, *words, **env):
     "Start `pillsnap serve` and read its address from its log."
     process = subprocess.Popen([sys.executable, "-c", "from pillsnap.cli import main; main()", "serve", "--port", "0", "--bundle", str(bundles / "latest"), *map(str, words)],
-                               env=os.environ | env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=PROJECT)
+                               env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=PROJECT)
     lines = []
-    for line in process.stderr:
+    for line in process.stdout:
         lines.append(json.loads(line))
         if lines[-1].get("event") == "started":
             break
-    threading.Thread(target=lambda: lines.extend(map(json.loads, process.stderr)), daemon=True).start()
+    threading.Thread(target=lambda: lines.extend(map(json.loads, process.stdout)), daemon=True).start()
     return process, next(line["url"] for line in lines if line.get("event") == "serving"), lines
 
 
@@ -221,24 +202,24 @@ def test_a_slow_body_and_a_silent_connection_are_let_go(served, monkeypatch):
 def test_too_many_at_once_are_told_to_come_again(bundles, tray):
     service = Service(Serving(bundles / "a", workers=1, waiting=2))
     photo = tray.read_bytes()
-    with running(make_app(service, None, log=lambda line: None)) as port, ThreadPoolExecutor(12) as pool:
-        found = list(pool.map(lambda _: httpx.post(f"http://127.0.0.1:{port}/predict?mode=combination", files={"image": photo}, timeout=30), range(12)))
+    with run_beside(make_app(service, None, log=lambda line: None)) as url, ThreadPoolExecutor(12) as pool:
+        found = list(pool.map(lambda _: httpx.post(f"{url}/predict?mode=combination", files={"image": photo}, timeout=30), range(12)))
     assert {answer.status_code for answer in found} == {200, 503} and all("retry-after" in answer.headers and answer.json()["code"] == "busy" for answer in found if answer.status_code == 503)
 
 
 def test_a_page_elsewhere_may_ask_only_where_it_is_allowed(bundles):
     service = Service(Serving(bundles / "a"))
-    with running(make_app(service, None, ["https://app.example"], log=lambda line: None)) as port:
-        allowed, other = (httpx.options(f"http://127.0.0.1:{port}/predict", headers={"Origin": origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "X-API-Key"}) for origin in ("https://app.example", "https://other.example"))
+    with run_beside(make_app(service, None, ["https://app.example"], log=lambda line: None)) as url:
+        allowed, other = (httpx.options(f"{url}/predict", headers={"Origin": origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "X-API-Key"}) for origin in ("https://app.example", "https://other.example"))
         assert allowed.headers["access-control-allow-origin"] == "https://app.example" and "access-control-allow-origin" not in other.headers
-        assert httpx.get(f"http://127.0.0.1:{port}/health", headers={"Host": "pills.example.org"}).status_code == 400  # without keys only this machine, whatever a name server says
+        assert httpx.get(f"{url}/health", headers={"Host": "pills.example.org"}).status_code == 400  # without keys only this machine, whatever a name server says
 
 
 def test_a_full_disk_costs_the_copy_and_not_the_answer(bundles, tray, tmp_path):
     (tmp_path / "file").write_text("")
     lines = []
-    with running(make_app(Service(Serving(bundles / "a", keep=tmp_path / "file/kept")), None, log=lines.append)) as port:
-        assert httpx.post(f"http://127.0.0.1:{port}/predict", files={"image": tray.read_bytes()}).status_code == 200
+    with run_beside(make_app(Service(Serving(bundles / "a", keep=tmp_path / "file/kept")), None, log=lines.append)) as url:
+        assert httpx.post(f"{url}/predict", files={"image": tray.read_bytes()}).status_code == 200
     assert "file" in next(line for line in lines if line.get("path") == "/predict")["not_kept"]
 
 
@@ -369,7 +350,7 @@ def test_twenty_thousand_broken_requests(bundles, tmp_path):
     keys = tmp_path / "keys.json"
     key, admin = add_key(keys, "app", rate=10**9), add_key(keys, "ops", admin=True, rate=10**9)
     process, url, lines = start(bundles, "--keys", keys)
-    served = Served(int(re.search(r":(\d+)/", url)[1]), key, admin, lines, None, keys)
+    served = Served(url.rstrip("/"), key, admin, lines, keys)
     total, sent, memory = int(SLOW or 20_000), 0, []
     try:
         for turn in range(10):
@@ -399,8 +380,8 @@ class TestPage:
 
     def test_a_photo_is_identified_in_both_languages_on_a_phone(self, bundles, tray, browser):
         "Boxes and cards for every pill, nothing asked from elsewhere, no complaint of the browser, nothing wider than the phone."
-        with running(make_app(Service(Serving(bundles / "a")), None, log=lambda line: None)) as port:
-            browser.open(f"http://127.0.0.1:{port}/")
+        with run_beside(make_app(Service(Serving(bundles / "a")), None, log=lambda line: None)) as url:
+            browser.open(f"{url}/")
             browser.wait("document.getElementById('about').textContent.includes('12 drugs')")
             browser.choose("#photo", tray)
             browser.wait("!document.getElementById('work').hidden")
@@ -414,8 +395,8 @@ class TestPage:
 
     def test_a_drawn_region_is_what_is_looked_at(self, bundles, tray, browser):
         lines = []
-        with running(make_app(Service(Serving(bundles / "a")), None, log=lines.append)) as port:
-            browser.open(f"http://127.0.0.1:{port}/")
+        with run_beside(make_app(Service(Serving(bundles / "a")), None, log=lines.append)) as url:
+            browser.open(f"{url}/")
             browser.choose("#photo", tray)
             browser.wait("!document.getElementById('work').hidden")
             browser.run("document.getElementById('photo-frame').scrollIntoView()")
