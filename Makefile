@@ -27,6 +27,7 @@ demo: $(READY)
 	@set -e; start=$$SECONDS; for notebook in explore manifest train evaluate export; do $(BIN)/pillsnap run $$notebook --stage 0; done; \
 	photo=$$(find "$${PILLSNAP_WORK:-work}"/synthetic -name 'K-*_2_0_2_90_000_200.png' | sort | head -1); \
 	echo; echo "pillsnap identify $$photo --mode combination"; $(BIN)/pillsnap identify "$$photo" --mode combination; \
+	echo; echo "To serve it, for this machine only:  $(BIN)/pillsnap serve --insecure-localhost   and open http://127.0.0.1:8000/"; \
 	echo; echo "Done in $$((SECONDS - start)) s. Look at $(CURDIR)/reports/index.html"
 
 # Each step's time is printed; `tests/README.md` says what belongs where so that the whole stays within 20 minutes on two cores.

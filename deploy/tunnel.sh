@@ -6,7 +6,7 @@ port=${2:-8000}
 state=${XDG_STATE_HOME:-$HOME/.local/state}/pillsnap-tunnel
 log=$state/cloudflared.log
 pid() { cat "$state/pid" 2>/dev/null || true; }
-running() { [ -n "$(pid)" ] && kill -0 "$(pid)" 2>/dev/null; }
+running() { [ -n "$(pid)" ] && [ "$(ps -o comm= -p "$(pid)" 2>/dev/null)" = cloudflared ]; }
 address() { grep -o 'https://[a-z0-9-]*\.trycloudflare\.com' "$log" 2>/dev/null | tail -1; }
 
 case ${1:-} in
@@ -20,11 +20,11 @@ start)
     if [ -n "${TUNNEL_TOKEN:-}" ]; then nohup cloudflared tunnel run >"$log" 2>&1 & else nohup cloudflared tunnel --url "http://127.0.0.1:$port" >"$log" 2>&1 & fi
     echo $! >"$state/pid"
     for _ in $(seq 60); do
-        running || { echo "cloudflared ended:"; tail -5 "$log"; rm -f "$state/pid"; exit 1; }
+        kill -0 "$(pid)" 2>/dev/null || { echo "cloudflared ended:"; tail -5 "$log"; rm -f "$state/pid"; exit 1; }
         if [ -n "${TUNNEL_TOKEN:-}" ] || [ -n "$(address || true)" ]; then break; fi
         sleep 0.5
     done
-    exec "$0" status "$port" ;;
+    exec bash "$0" status "$port" ;;
 stop)
     if running; then kill "$(pid)"; fi
     rm -f "$state/pid"

@@ -405,8 +405,8 @@ def label_sources(tables: Tables, labels: pd.DataFrame, roots: Sequence[Path]) -
     paths = [join_path(folder, f"{photo}.json") for folder, photo in zip(labels.folder, photos)]
     return [Source(roots[r], *rest) for r, *rest in zip(labels.root, paths, labels.offset.tolist(), labels.packed.tolist())]
 
-# %% ../nbs/00c_aihub.ipynb #fef7fe47
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, OverflowError, struct.error, Image.DecompressionBombError)  # what broken pictures raise in Pillow
+# %% ../nbs/00c_aihub.ipynb #c558c901
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, OverflowError, TypeError, LookupError, AttributeError, ArithmeticError, struct.error, Image.DecompressionBombError)  # what broken pictures raise in Pillow
 
 
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # what it warns of is read again by Pillow, which names it
@@ -420,18 +420,19 @@ def decode_plain(data: bytes) -> np.ndarray | None:  # (h, w, 3) uint8 RGB; None
         return None
 
 
-def is_plain(im: Image.Image) -> bool:
+def is_plain(im: Image.Image, data: bytes) -> bool:
     "Say from a picture's header whether it is in RGB and upright, as nearly all are."
+    if im.format == "PNG" and (b"eXIf" in data or data[-8:-4] != b"IEND"):  # the tag may come after the pixels; of a file that is cut off libpng would write to the terminal
+        return False
     exif = Image.Exif()
     exif.load(im.info.get("exif"))  # getexif() would decode a whole PNG
-    return im.format in ("JPEG", "PNG") and im.mode == "RGB" and exif.get(0x0112, 1) == 1 and not any("xmp" in str(name).lower() for name in im.info) and "transparency" not in im.info
+    return im.format in ("JPEG", "PNG") and im.mode == "RGB" and exif.get(0x0112, 1) == 1 and not any("xmp" in str(name).lower() or "profile type" in str(name) for name in im.info) and "transparency" not in im.info
 
 
-def decode_picture(data: bytes) -> np.ndarray:  # (h, w, 3) uint8 RGB, turned upright by its EXIF tag
+def decode_picture(data: bytes, formats: Sequence[str] | None = None) -> np.ndarray:  # (h, w, 3) uint8 RGB, turned upright by its EXIF tag; formats None: all of Pillow's
     "Decode a picture's bytes; raises one of UNREADABLE for what is none."
-    with Image.open(io.BytesIO(data)) as im:
-        ends = im.format == "JPEG" or data[-8:-4] == b"IEND"  # libpng would write to the terminal about a file that is cut off
-        if is_plain(im) and ends and (pixels := decode_plain(data)) is not None and pixels.shape == (im.height, im.width, 3):
+    with Image.open(io.BytesIO(data), formats=formats) as im:
+        if is_plain(im, data) and (pixels := decode_plain(data)) is not None and pixels.shape == (im.height, im.width, 3):
             return pixels
         return np.asarray(ImageOps.exif_transpose(im).convert("RGB"))
 

@@ -162,7 +162,7 @@ def picture_key(picture: str) -> str:
     "Name a gallery picture's file."
     return f"{content_hash(picture)}.jpg"
 
-# %% ../nbs/03h_bundle.ipynb #b2e6e801
+# %% ../nbs/03h_bundle.ipynb #7718e09b
 def read_preprocess(config: Mapping[str, Any]) -> Preprocess:
     "Read the preprocessing back; raises PillSnapError if this version would cut other pixels."
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items() if name in Preprocess.__dataclass_fields__}
@@ -194,7 +194,8 @@ def open_bundle(folder: Path, device: str = "cpu", threads: int = 0, lazy: bool 
     detect = None
     if "detector.onnx" in sums:
         network = later(partial(open_detector, folder, answer, device, threads))
-        detect = partial(run_detector, (lambda squares: network()(squares)) if lazy else network(), **answer["detector"])
+        checked = open_detector(folder, answer, device, threads)  # with lazy it is checked now all the same, and loaded again when it is needed
+        detect = partial(run_detector, (lambda squares: network()(squares)) if lazy else checked, **answer["detector"])
     judge = load_judge(folder / "judge.npz", answer["classes"], answer["weights"])
     pictures = zipfile.ZipFile(folder / PICTURES) if PICTURES in sums else None
     return Bundle(folder, bundle_hash(sums), Pipeline(detect, classify, judge, pre, None, read_drugs(folder / "registry.csv")), answer, about, pictures)

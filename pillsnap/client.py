@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['Photo', 'ServiceError', 'read_error', 'make_form', 'Client']
 
-# %% ../nbs/07a_client.ipynb #04a12fb6
+# %% ../nbs/07a_client.ipynb #724e4252
 import json
 import secrets
 import time
 from collections.abc import Collection, Mapping, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -49,12 +50,14 @@ def make_form(parts: Sequence[tuple[str, Photo | str, bool]]) -> tuple[bytes, st
         lines.append(f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"{file}\r\n\r\n'.encode() + data + b"\r\n")
     return b"".join(lines) + f"--{boundary}--\r\n".encode(), f"multipart/form-data; boundary={boundary}"
 
-# %% ../nbs/07a_client.ipynb #b3657c0f
+# %% ../nbs/07a_client.ipynb #0a08074d
 class Client:
     "Asks a service; raises ServiceError with what it said."
 
     def __init__(self, url: str, key: str = "", timeout: float = 60.0, patience: float = 30.0) -> None:  # patience: s to go on asking a busy service
-        self.url, self.key, self.timeout, self.patience = url.rstrip("/"), key, timeout, patience
+        self.url, self.key, self.timeout, self.patience = url.rstrip("/"), key.strip(), timeout, patience
+        if not self.key.isascii() or not self.key.isprintable():
+            raise ServiceError(0, "", "the key has characters that no key has: take it again from where `pillsnap keys add` printed it")
 
     def ask(self, path: str, body: bytes | None = None, kind: str = "application/json") -> dict[str, Any]:
         "Ask once, and again while the service is busy."
@@ -64,11 +67,11 @@ class Client:
                 with urlopen(Request(self.url + path, body, {"X-API-Key": self.key, "Content-Type": kind}), timeout=self.timeout) as answer:
                     return json.load(answer)
             except HTTPError as e:
-                wait = float(e.headers.get("Retry-After", "nan"))
-                if not (e.code in (429, 503) and time.monotonic() + wait < end):
+                wait = e.headers.get("Retry-After", "")
+                if not (e.code in (429, 503) and wait.isdigit() and time.monotonic() + int(wait) < end):
                     raise read_error(e) from None
-                time.sleep(wait)
-            except (URLError, OSError, ValueError) as e:
+                time.sleep(int(wait))
+            except (URLError, HTTPException, OSError, ValueError) as e:
                 raise ServiceError(0, "", f"{self.url} does not answer: {getattr(e, 'reason', e)}; is it `pillsnap serve`?") from None
 
     def predict(self, image: Photo, mode: str = "single", image_back: Photo | None = None, roi: Sequence[float] | None = None, allowed: Collection[str] = (), hints: Mapping[str, Any] | None = None,

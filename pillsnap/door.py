@@ -46,7 +46,7 @@ def problem(error: HTTPException, request_id: str) -> Response:
     body = {"code": code, "message": str(error.detail), "request_id": request_id}
     return Response(json.dumps(body, ensure_ascii=False).encode("utf-8", "replace"), error.status_code, dict(error.headers or {}), "application/json")
 
-# %% ../nbs/06b_door.ipynb #00db76e5
+# %% ../nbs/06b_door.ipynb #00472fab
 @dataclass(frozen=True)
 class Rules:
     "What a door lets through."
@@ -64,11 +64,17 @@ class Held:
     def __init__(self, most: int) -> None:
         self.most, self.now = most, 0
 
-    def take(self, count: int) -> None:
-        "Hold more bytes; raises Refusal where that is too much for the machine."
+    def take(self, visit: "Visit", count: int) -> None:
+        "Hold more bytes of a request; raises Refusal where that is too much for the machine."
         if self.now + count > self.most:
             raise Refusal(503, "too many photos are being sent at this moment: try again", retry=2)
         self.now += count
+        visit.held += count
+
+    def free(self, visit: "Visit") -> None:
+        "Let a request's bytes go."
+        self.now -= visit.held
+        visit.held = 0
 
 # %% ../nbs/06b_door.ipynb #90a4813c
 class Counts:
@@ -83,7 +89,7 @@ class Counts:
         self.pills = Counter("pillsnap_pills", "Pills answered", ["known"], registry=self.registry)
         self.reloads = Counter("pillsnap_reloads", "Bundles taken or refused", ["taken"], registry=self.registry)
 
-# %% ../nbs/06b_door.ipynb #ce7aa590
+# %% ../nbs/06b_door.ipynb #ec063edd
 @dataclass
 class Visit:
     "One request on its way through."
@@ -91,7 +97,8 @@ class Visit:
     begun: float
     limit: int
     by: Key | None = None
-    bytes: int = 0
+    bytes: int = 0  # of the body, that came
+    held: int = 0  # of them, in memory
     status: int = 0
     whole: bool = False  # the body has come
     notes: dict[str, Any] = field(default_factory=dict)  # for the log
@@ -106,15 +113,16 @@ def visit_of(request: Request) -> Visit:
     "Give the visit that a request belongs to."
     return request.scope["visit"]
 
-# %% ../nbs/06b_door.ipynb #dd93b7ef
-async def drain(receive: Callable[[], Awaitable[dict]], seconds: float = 1.0) -> None:
+# %% ../nbs/06b_door.ipynb #f3dae738
+async def drain(receive: Callable[[], Awaitable[dict]], seconds: float = 1.0) -> bool:  # whether the end has come
     "Throw away what still comes, for a moment."
     try:
         async with asyncio.timeout(seconds):
             while (message := await receive())["type"] == "http.request" and message.get("more_body"):
                 pass
+        return True
     except TimeoutError:
-        pass
+        return False
 
 
 def count_body(receive: Callable[[], Awaitable[dict]], visit: Visit, rules: Rules, held: Held) -> Callable[[], Awaitable[dict]]:
@@ -131,7 +139,7 @@ def count_body(receive: Callable[[], Awaitable[dict]], visit: Visit, rules: Rule
             raise Refusal(408, f"the body did not come within {rules.slow:g} s") from None
         if message["type"] == "http.request":
             size = len(message.get("body", b""))
-            held.take(size)
+            held.take(visit, size)
             visit.bytes += size
             visit.whole = not message.get("more_body", False)
             if visit.bytes > visit.limit:
@@ -145,7 +153,7 @@ SAFE = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-refer
         (b"content-security-policy", b"default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'")]
 HERE = ("localhost", "127.0.0.1", "[::1]", "testserver")
 
-# %% ../nbs/06b_door.ipynb #60b129f1
+# %% ../nbs/06b_door.ipynb #1f0e7ee6
 class Door:
     "ASGI middleware that lets through what the rules allow."
 
@@ -162,7 +170,7 @@ class Door:
             try:
                 await self.enter(scope, headers, visit, receive, send)
             finally:
-                self.held.now -= visit.bytes
+                self.held.free(visit)
                 self.note(scope, visit)
 
     async def enter(self, scope: dict, headers: Mapping[bytes, str], visit: Visit, receive: Callable, send: Callable) -> None:
@@ -173,6 +181,9 @@ class Door:
             await self.app(scope, count_body(receive, visit, self.rules, self.held), noted)
         except HTTPException as e:
             await self.refuse(e, visit, scope, receive, noted)
+        except asyncio.CancelledError:  # the service ends, and this took longer than it waits
+            await self.refuse(Refusal(503, "the service ends: try again", retry=5), visit, scope, receive, noted)
+            raise
         except Exception as e:  # a defect of ours: the log has its trace, the caller its request's name
             visit.notes |= {"error": f"{type(e).__name__}: {e}", "trace": traceback.format_exc()}
             await self.refuse(Refusal(500, "this is our mistake; give the request's id when you report it"), visit, scope, receive, noted)
@@ -197,9 +208,9 @@ class Door:
         "Send an error, if the answer has not begun."
         if visit.status:
             return
+        self.held.free(visit)
         answer = problem(error, visit.id)
-        if not visit.whole and error.status_code in (408, 413):
-            await drain(receive)
+        if not visit.whole and not await drain(receive):
             answer.headers["connection"] = "close"
         await answer(scope, receive, send)
 
@@ -219,9 +230,11 @@ class Door:
         route, seconds = getattr(scope.get("route"), "path", "other"), time.monotonic() - visit.begun
         self.counts.requests.labels(route, str(visit.status)).inc()
         self.counts.seconds.labels(route).observe(seconds)
+        if self.rules.ring and self.rules.ring.trouble:
+            visit.notes["keys"] = self.rules.ring.trouble
         self.log({"request_id": visit.id, "method": scope["method"], "path": scope["path"][:200], "status": visit.status, "ms": round(1000 * seconds, 1), "bytes": visit.bytes, "key": visit.by.name if visit.by else None} | visit.notes)
 
-# %% ../nbs/06b_door.ipynb #a29bc6a5
+# %% ../nbs/06b_door.ipynb #4def009f
 class Form:
     "Photos and texts of a form, as they come."
 
@@ -242,10 +255,12 @@ class Form:
             if self.segment.bytes_received > most:
                 raise Refusal(413, f"{what} has more than {most:,} bytes")
             self.parts.append(bytes(event))
-        elif self.segment.filename is None:
-            self.texts[self.segment.name] = read_text(self.segment.name, b"".join(self.parts))
         else:
-            self.photos.setdefault(self.segment.name, []).append(b"".join(self.parts))
+            whole, self.parts = b"".join(self.parts), []
+            if self.segment.filename is None:
+                self.texts[self.segment.name] = read_text(self.segment.name, whole)
+            else:
+                self.photos.setdefault(self.segment.name, []).append(whole)
 
     def check(self, name: str, text: bool) -> None:
         "Raise Refusal for a field that has no place in the form."

@@ -7,7 +7,7 @@ __all__ = ['Classify', 'MODES', 'decode_photo', 'open_photo', 'open_photos', 'cl
            'choose_regions', 'cut_pills', 'check_outputs', 'classify_crops', 'Answer', 'Extra', 'read_pills', 'timed',
            'check_request', 'open_backs', 'identify', 'Pipeline', 'step_times']
 
-# %% ../nbs/03f_identify.ipynb #d7219d55
+# %% ../nbs/03f_identify.ipynb #fdb758f6
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,16 +23,16 @@ from .aihub import UNREADABLE, decode_picture
 from .boxes import DOUBLE_IOU, LEAST_SCORE, Detect, check_pixels, clip_boxes, suppress_doubles
 from .core import PillSnapError, suggest
 from .judge import Hint, Judge, Reading, Verdict, allow, enrol_drug, fuse, weigh
-from .preprocess import Preprocess, centre_square
+from .preprocess import FORMATS, Preprocess, centre_square
 
-# %% ../nbs/03f_identify.ipynb #103ba204
+# %% ../nbs/03f_identify.ipynb #433962af
 Classify = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 def decode_photo(data: bytes) -> np.ndarray:  # (h, w, 3) uint8 RGB, turned upright by its EXIF tag
     "Decode a file's bytes; raises ValueError for what is no photo."
     try:
-        return np.require(decode_picture(data), requirements="W")
+        return np.require(decode_picture(data, FORMATS), requirements="W")
     except UNREADABLE as e:
         reason = f"{len(data)} bytes are no image file" if isinstance(e, UnidentifiedImageError) else e  # Pillow's own text names a memory address
         raise ValueError(f"the photo cannot be read: {reason}") from None

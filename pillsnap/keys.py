@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['RATE', 'Key', 'sum_of', 'read_keys', 'write_keys', 'add_key', 'remove_key', 'match_key', 'KeyRing', 'Buckets']
 
-# %% ../nbs/06a_keys.ipynb #a28ef06e
+# %% ../nbs/06a_keys.ipynb #bd465adb
 import hashlib
 import hmac
 import json
+import os
 import re
 import secrets
 import threading
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from .core import PillSnapError, atomic_path, suggest
 
-# %% ../nbs/06a_keys.ipynb #27b4193b
+# %% ../nbs/06a_keys.ipynb #8d03a336
 RATE = 100  # requests a minute, where a key says nothing else
 
 
@@ -53,6 +54,9 @@ def write_keys(path: Path, keys: Sequence[Key]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as part:
         part.touch(0o600)
+        if path.exists():  # written by an administrator, read by the service: owner and mode stay
+            os.chown(part, (kept := path.stat()).st_uid, kept.st_gid)
+            part.chmod(kept.st_mode & 0o777)
         part.write_text(json.dumps([asdict(key) for key in keys], indent=1) + "\n", "utf-8")
 
 # %% ../nbs/06a_keys.ipynb #f04f9106
@@ -86,12 +90,12 @@ def match_key(keys: Sequence[Key], given: str) -> Key | None:
             found = key
     return found
 
-# %% ../nbs/06a_keys.ipynb #41c84273
+# %% ../nbs/06a_keys.ipynb #35dc8fa3
 class KeyRing:
     "The keys of a file, read again when it has changed; while it cannot be read, the last good ones stay."
 
     def __init__(self, path: Path) -> None:
-        self.path, self.keys, self.stamp = path, read_keys(path), path.stat().st_mtime_ns
+        self.path, self.keys, self.stamp, self.trouble = path, read_keys(path), path.stat().st_mtime_ns, ""
         if not self.keys:
             raise PillSnapError(f"{path} has no key: make one with `pillsnap keys add NAME`")
 
@@ -99,10 +103,10 @@ class KeyRing:
         "Find whose key it is."
         try:
             stamp = self.path.stat().st_mtime_ns
-            if stamp != self.stamp:
-                self.keys, self.stamp = read_keys(self.path), stamp
-        except (OSError, PillSnapError):
-            pass
+            if stamp != self.stamp or self.trouble:
+                self.keys, self.stamp, self.trouble = read_keys(self.path), stamp, ""
+        except (OSError, PillSnapError) as e:
+            self.trouble = f"the keys of {self.stamp} go on: {e}"  # for the log
         return match_key(self.keys, given)
 
 # %% ../nbs/06a_keys.ipynb #1d7a9aeb

@@ -5,7 +5,7 @@ const TEXTS = {
     notice: "A research tool, not a medical device. Never decide on a medicine by its answer: ask a pharmacist.",
     key: "Key of this service", mode: "What is on the photo?", single: "One pill", combination: "Several pills",
     take: "Take or choose a photo", drop: "or drop one here · JPEG, PNG, WebP or BMP, up to 20 MB", back: "The pill's other side (optional)",
-    region: "The middle square is looked at. Draw a box around the pill for a better answer.", identify: "Identify", whole: "Take the middle again", working: "Looking…",
+    region: "The middle square is looked at. With a box drawn around the pill the answer gets better.", identify: "Identify", mark: "Draw a box", whole: "Take the middle again", remove: "Remove", working: "Looking…",
     known: "Identified", unsure: "Not sure", whySure: "confidence {p} %", whyNot: "This does not look enough like any drug it knows. ",
     only: "If it were one of these, then most likely", evidence: "Most alike among the pills it learned from", alike: "{p} % alike", nothing: "No pill was found on this photo.", pill: "Pill {n}", found: "{n} pills, {k} identified",
     shape: "shape", colour: "colour", imprint: "imprint", item: "permit number", about: "bundle {bundle} · {classes} drugs", took: "{ms} ms", failed: "That did not work.", offline: "The service does not answer. Is it still running?",
@@ -15,7 +15,7 @@ const TEXTS = {
     notice: "연구용 도구이며 의료기기가 아닙니다. 이 결과만으로 약을 판단하지 말고 약사에게 확인하세요.",
     key: "서비스 키", mode: "사진에 무엇이 있나요?", single: "알약 한 개", combination: "알약 여러 개",
     take: "사진을 찍거나 고르세요", drop: "또는 여기에 놓으세요 · JPEG, PNG, WebP, BMP, 최대 20 MB", back: "알약의 뒷면 사진 (선택)",
-    region: "사진 가운데의 정사각형을 봅니다. 알약 둘레에 상자를 그리면 더 정확합니다.", identify: "식별하기", whole: "다시 가운데로", working: "보고 있습니다…",
+    region: "사진 가운데의 정사각형을 봅니다. 알약 둘레에 상자를 그리면 더 정확합니다.", identify: "식별하기", mark: "상자 그리기", whole: "다시 가운데로", remove: "지우기", working: "보고 있습니다…",
     known: "식별됨", unsure: "확실하지 않음", whySure: "신뢰도 {p} %", whyNot: "아는 약 가운데 충분히 비슷한 것이 없습니다.",
     only: "만약 아는 약 가운데 하나라면", evidence: "학습한 알약 가운데 가장 비슷한 것", alike: "유사도 {p} %", nothing: "이 사진에서 알약을 찾지 못했습니다.", pill: "알약 {n}", found: "알약 {n}개, 식별 {k}개",
     shape: "모양", colour: "색", imprint: "각인", item: "품목기준코드", about: "번들 {bundle} · 약 {classes}종", took: "{ms} ms", failed: "처리하지 못했습니다.", offline: "서비스가 응답하지 않습니다. 실행 중인지 확인하세요.",
@@ -24,7 +24,7 @@ const TEXTS = {
 };
 
 const at = (id) => document.getElementById(id);
-const state = { language: "en", photo: null, back: null, region: null, answer: null, error: null, about: null, open: true };
+const state = { language: "en", photo: null, back: null, region: null, answer: null, error: null, about: null, open: true, turn: 0, marking: false };
 
 function say(name, values = {}) {
   return Object.entries(values).reduce((text, [key, value]) => text.replace(`{${key}}`, value), TEXTS[state.language][name]);
@@ -44,7 +44,7 @@ function draw(tag, attributes, parent) {
 }
 
 const mode = () => document.querySelector("input[name=mode]:checked").value;
-const percent = (p) => (100 * p).toFixed(p > 0.995 && p < 1 ? 1 : 0);
+const percent = (p) => (p > 0.999 && p < 1 ? "> 99.9" : (100 * p).toFixed(p > 0.995 && p < 1 ? 1 : 0));
 
 // ---- what is shown
 
@@ -69,8 +69,13 @@ function showForm() {
   const single = mode() === "single";
   at("back-row").hidden = !single;
   at("region-hint").hidden = !single || Boolean(state.answer);
-  at("photo-frame").classList.toggle("region", single);
+  at("photo-frame").classList.toggle("region", single && state.marking);
+  at("mark").hidden = !single;
+  at("mark").setAttribute("aria-pressed", String(state.marking));
   at("clear").hidden = !single || !state.region;
+  at("drop-back").hidden = !state.back;
+  at("back-name").textContent = state.back ? state.back.name : "";
+  at("send").disabled = state.busy === state.turn;
   at("key-row").hidden = state.open;
 }
 
@@ -144,9 +149,22 @@ function cutPill([x, y, w, h], n) {
 
 // ---- what is asked
 
+// what was asked before no longer counts: its answer must not appear over another photo
+function change(values) {
+  state.turn += 1;
+  Object.assign(state, { answer: null, error: null }, values);
+}
+
+function chooseBack(file) {
+  if (!file) at("back").value = "";
+  change({ back: file || null });
+  showAnswer();
+}
+
 function choosePhoto(file) {
   if (!file) return;
-  Object.assign(state, { photo: file, region: null, answer: null, error: null });
+  at("back").value = "";
+  change({ photo: file, back: null, region: null, marking: false });
   const image = at("shown"), old = image.src;
   image.onload = () => { at("work").hidden = false; showAnswer(); };
   image.onerror = () => { at("work").hidden = false; showAnswer(); };
@@ -157,27 +175,32 @@ function choosePhoto(file) {
 const headers = () => (state.open ? {} : { "X-API-Key": at("key").value.trim() });
 
 async function identify() {
+  if (!state.photo || state.busy === state.turn) return;
+  change({});
+  const turn = (state.busy = state.turn);
   const form = new FormData(), single = mode() === "single";
   form.append("image", state.photo, state.photo.name || "photo");
   if (single && state.back) form.append("image_back", state.back, state.back.name || "back");
   if (single && state.region) form.append("roi", state.region.map((value) => value.toFixed(1)).join(","));
-  Object.assign(state, { answer: null, error: null });
-  at("send").disabled = true;
+  showAnswer();
   at("answer").setAttribute("aria-busy", "true");
   at("answer").replaceChildren(make("p", { textContent: say("working") }));
+  const found = {};
   try {
     const answer = await fetch(`/predict?mode=${mode()}&thumbnails=true`, { method: "POST", body: form, headers: headers() });
     const told = await answer.json();
-    if (answer.ok) state.answer = told;
-    else state.error = answer.status === 401 ? say("noKey") : `${told.message} (${told.request_id})`;
+    if (answer.ok) found.answer = told;
+    else found.error = answer.status === 401 ? say("noKey") : `${told.message} (${told.request_id})`;
     if (answer.ok && !state.open) sessionStorage.setItem("key", at("key").value.trim());
   } catch (error) {
-    state.error = say("offline");
+    found.error = say("offline");
   }
-  at("send").disabled = false;
+  if (turn !== state.turn) return;
+  Object.assign(state, found, { busy: 0 });
   at("answer").setAttribute("aria-busy", "false");
   showAnswer();
-  learn();
+  showAbout();
+  if (!state.about || (state.answer && state.answer.bundle !== state.about.bundle)) learn();
 }
 
 async function learn() {
@@ -201,17 +224,15 @@ function place(event) {
 }
 
 function drawRegion(event) {
-  if (mode() !== "single" || !state.photo) return;
+  if (mode() !== "single" || !state.photo || !state.marking) return;
   event.preventDefault();
   const frame = at("photo-frame"), [x0, y0] = place(event);
   frame.setPointerCapture(event.pointerId);
   frame.onpointermove = (move) => {
     const [x, y] = place(move), box = [Math.min(x, x0), Math.min(y, y0), Math.abs(x - x0), Math.abs(y - y0)];
     if (Math.min(box[2], box[3]) < 8) return;
-    Object.assign(state, { region: box, answer: null, error: null });
-    at("answer").replaceChildren();
-    showBoxes();
-    showForm();
+    change({ region: box });
+    showAnswer();
   };
   frame.onpointerup = frame.onpointercancel = () => { frame.onpointermove = null; };
 }
@@ -220,12 +241,14 @@ function start() {
   at("key").value = sessionStorage.getItem("key") || "";
   for (const button of document.querySelectorAll("[data-language]")) button.onclick = () => speak(button.dataset.language);
   at("photo").onchange = (event) => choosePhoto(event.target.files[0]);
-  at("back").onchange = (event) => { state.back = event.target.files[0] || null; state.answer = null; at("back-name").textContent = state.back ? state.back.name : ""; showAnswer(); };
+  at("back").onchange = (event) => chooseBack(event.target.files[0]);
+  at("drop-back").onclick = () => chooseBack(null);
+  at("mark").onclick = () => { state.marking = !state.marking; showForm(); };
   at("key").onchange = learn;
-  at("ask").onsubmit = (event) => { event.preventDefault(); if (state.photo) identify(); };
+  at("ask").onsubmit = (event) => { event.preventDefault(); identify(); };
   at("send").onclick = identify;
-  at("clear").onclick = () => { state.region = null; state.answer = null; showAnswer(); };
-  for (const radio of document.querySelectorAll("input[name=mode]")) radio.onchange = () => { state.answer = null; state.error = null; showAnswer(); };
+  at("clear").onclick = () => { change({ region: null }); showAnswer(); };
+  for (const radio of document.querySelectorAll("input[name=mode]")) radio.onchange = () => { change({}); showAnswer(); };
   const drop = at("drop");
   for (const name of ["dragenter", "dragover"]) drop.addEventListener(name, (event) => { event.preventDefault(); drop.classList.add("over"); });
   for (const name of ["dragleave", "drop"]) drop.addEventListener(name, (event) => { event.preventDefault(); drop.classList.remove("over"); });
