@@ -125,7 +125,7 @@ def work_on(bundle: Bundle, budget: Pixels, asked: float, photos: Sequence[bytes
         seconds |= {step: seconds.get(step, 0.0) + s for step, s in took.items()}
     return Work([answers[place] for place in range(len(photos))], seconds, bundle)
 
-# %% ../nbs/07_serve.ipynb #e9ccc34a
+# %% ../nbs/07_serve.ipynb #e61a13c3
 def count_cores() -> int:
     "Count the cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -145,7 +145,8 @@ class Service:
 
     def __init__(self, serving: Serving, counts: Counts | None = None) -> None:
         self.serving, self.counts = serving, counts or Counts()
-        self.bundle = open_served(serving.bundle, serving)
+        self.opener = ThreadPoolExecutor(1, "open")  # always the same thread: the memory of the last bundle serves the next
+        self.bundle = self.opener.submit(open_served, serving.bundle, serving).result()
         self.workers = serving.workers or count_cores()
         self.pool, self.now, self.reloading, self.pixels = ThreadPoolExecutor(self.workers, "identify"), 0, asyncio.Lock(), Pixels(MOST_PIXELS)
 
@@ -171,9 +172,10 @@ class Service:
 
     def close(self) -> None:
         "Finish what is in work, and nothing that waits."
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self.pool, self.opener):
+            pool.shutdown(wait=False, cancel_futures=True)
 
-# %% ../nbs/07_serve.ipynb #acfdceaf
+# %% ../nbs/07_serve.ipynb #0620da8e
 def choose_bundle(name: str, bundles: Path) -> Path:
     "Find a bundle by its name; raises Refusal for anything outside the bundles folder."
     home = bundles.resolve()
@@ -196,7 +198,7 @@ async def take_bundle(service: Service, name: str) -> dict[str, str]:  # as Bund
     async with service.reloading:
         folder = choose_bundle(name, service.serving.bundle.parent)
         try:
-            new = await asyncio.to_thread(open_served, folder, service.serving)
+            new = await asyncio.get_running_loop().run_in_executor(service.opener, open_served, folder, service.serving)
         except Exception as e:  # whatever a broken file leads a reader to: the old bundle goes on
             service.counts.reloads.labels("false").inc()
             raise Refusal(422, f"{str(e).replace(str(folder), folder.name) if isinstance(e, PillSnapError) else f'{folder.name} cannot be opened ({type(e).__name__})'}; the bundle {service.bundle.hash} goes on answering", "bad_bundle") from None
