@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CODES', 'SAFE', 'HERE', 'TEXT_BYTES', 'Refusal', 'problem', 'Rules', 'Held', 'Counts', 'Visit', 'name_request',
-           'visit_of', 'drain', 'count_body', 'Door', 'Form', 'read_text', 'read_form']
+           'visit_of', 'drain', 'count_body', 'forget_frames', 'Door', 'Form', 'read_text', 'read_form']
 
 # %% ../nbs/06b_door.ipynb #f4f57377
 import asyncio
@@ -153,7 +153,14 @@ SAFE = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-refer
         (b"content-security-policy", b"default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'")]
 HERE = ("localhost", "127.0.0.1", "[::1]", "testserver")
 
-# %% ../nbs/06b_door.ipynb #1f0e7ee6
+# %% ../nbs/06b_door.ipynb #44901a96
+def forget_frames(error: BaseException | None) -> None:
+    "Let go of what an error's frames hold."
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error.__traceback__, error = None, error.__context__
+
+# %% ../nbs/06b_door.ipynb #9a44c293
 class Door:
     "ASGI middleware that lets through what the rules allow."
 
@@ -180,12 +187,14 @@ class Door:
             visit.by = self.check(scope["path"], headers, visit.limit)
             await self.app(scope, count_body(receive, visit, self.rules, self.held), noted)
         except HTTPException as e:
+            forget_frames(e)
             await self.refuse(e, visit, scope, receive, noted)
         except asyncio.CancelledError:  # the service ends, and this took longer than it waits
             await self.refuse(Refusal(503, "the service ends: try again", retry=5), visit, scope, receive, noted)
             raise
         except Exception as e:  # a defect of ours: the log has its trace, the caller its request's name
             visit.notes |= {"error": f"{type(e).__name__}: {e}", "trace": traceback.format_exc()}
+            forget_frames(e)
             await self.refuse(Refusal(500, "this is our mistake; give the request's id when you report it"), visit, scope, receive, noted)
 
     def check(self, path: str, headers: Mapping[bytes, str], limit: int) -> Key | None:

@@ -226,7 +226,7 @@ def choose_detector(folder: Path, photos: Sequence[np.ndarray], calibrate: Seque
     os.replace(chosen, path)
     return table
 
-# %% ../nbs/06_export.ipynb #8f99bb05
+# %% ../nbs/06_export.ipynb #f28f6e64
 @dataclass(frozen=True, eq=False)
 class Exported:
     "What an export made and measured."
@@ -242,7 +242,7 @@ LICENCES = """PillSnap's code is under Apache-2.0.
 The detector was trained with ultralytics, which is AGPL-3.0; its makers claim that licence for trained and exported weights too. Ask them for a commercial licence if that does not suit you, or use the classifier alone.
 The photos behind the weights have terms of their own: AIHub data may not be redistributed.
 """
-THUMBNAILS = {True: "pictures.zip holds thumbnails of some of these photos, as the evidence of answers: take it out with pictures=false at the export before the bundle leaves the house that may use them.\n",
+THUMBNAILS = {True: "pictures.zip holds thumbnails of some of these photos, as the evidence of answers: export again with --no-pictures before the bundle leaves the house that may use them.\n",
               False: "Pictures named as evidence are not part of this bundle.\n"}
 
 

@@ -10,8 +10,9 @@ __all__ = ['STATUS', 'NOTICE', 'router', 'Mode', 'FORM', 'MOST_PHOTOS', 'MOST_TO
            'reload', 'kind_of', 'write_kept', 'keep_photos', 'page', 'static', 'icon', 'hand_on', 'write_line',
            'make_app', 'describe_api', 'PatientProtocol', 'JsonLines', 'open_port', 'serve', 'run_beside']
 
-# %% ../nbs/07_serve.ipynb #4e975931
+# %% ../nbs/07_serve.ipynb #ca619ec5
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -175,7 +176,7 @@ class Service:
         for pool in (self.pool, self.opener):
             pool.shutdown(wait=False, cancel_futures=True)
 
-# %% ../nbs/07_serve.ipynb #0620da8e
+# %% ../nbs/07_serve.ipynb #e43e54f6
 def choose_bundle(name: str, bundles: Path) -> Path:
     "Find a bundle by its name; raises Refusal for anything outside the bundles folder."
     home = bundles.resolve()
@@ -202,9 +203,10 @@ async def take_bundle(service: Service, name: str) -> dict[str, str]:  # as Bund
         except Exception as e:  # whatever a broken file leads a reader to: the old bundle goes on
             service.counts.reloads.labels("false").inc()
             raise Refusal(422, f"{str(e).replace(str(folder), folder.name) if isinstance(e, PillSnapError) else f'{folder.name} cannot be opened ({type(e).__name__})'}; the bundle {service.bundle.hash} goes on answering", "bad_bundle") from None
-        before, service.bundle = service.bundle, new
+        before, service.bundle = service.bundle.hash, new
+        await asyncio.get_running_loop().run_in_executor(service.opener, gc.collect)
         service.counts.reloads.labels("true").inc()
-        return {"bundle": new.hash, "before": before.hash, "folder": folder.name}
+        return {"bundle": new.hash, "before": before, "folder": folder.name}
 
 # %% ../nbs/07_serve.ipynb #e56feb13
 STATUS = {"large": 413, "strange": 415, "unfit": 422}
