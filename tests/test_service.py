@@ -139,7 +139,6 @@ def test_what_stands_against_a_start_is_said(bundles, pillsnap, tmp_path):
     assert "only this machine" in pillsnap("serve", "--bundle", bundles / "a", "--insecure-localhost", "--host", "0.0.0.0").stderr
     assert "pillsnap run export" in pillsnap("serve", "--insecure-localhost").stderr
     with open_port("127.0.0.1", 0) as taken:
-        taken.listen()
         refused = pillsnap("serve", "--bundle", bundles / "a", "--insecure-localhost", "--port", taken.getsockname()[1])
     assert refused.returncode == 1 and "cannot be taken" in refused.stderr and "Traceback" not in refused.stderr
 
