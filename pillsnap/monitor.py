@@ -134,7 +134,7 @@ def tell_machine(folder: Path) -> dict[str, Any]:
     return {"cpu": psutil.cpu_percent(), "cores": psutil.cpu_count(), "memory_gb": [round((memory.total - memory.available) / 1e9, 2), round(memory.total / 1e9, 2)], "disk_gb": [round(disk.used / 1e9, 1), round(disk.total / 1e9, 1)],
             "gpus": [tell_gpu(handle) for handle in open_gpus()] or None}
 
-# %% ../nbs/08_monitor.ipynb #851d7d6f
+# %% ../nbs/08_monitor.ipynb #460cc0d3
 @dataclass(frozen=True)
 class Sources:
     "Where what can be watched lies."
@@ -147,11 +147,17 @@ class Sources:
         if name not in listed:
             raise PillSnapError(f"nothing to watch is called {name!r}: {suggest(name, listed) if listed else 'there is nothing yet'}")
         run = listed[name]["run"] and self.work / "runs" / name
-        return (run_log(run), run) if run else (next(path for path in self.logs() if path.name == name), None)
+        log = run_log(run) if run else next(path for path in self.logs() if path.name == name)
+        return log, run or self.run_of(log)
 
     def logs(self) -> list[Path]:
         "List logs that are no run's, newest first."
-        return [*self.files, *sorted((self.work / "terminal").glob("*.log"), key=lambda path: path.name, reverse=True)[:20]]
+        return list(dict.fromkeys([*self.files, *sorted((self.work / "terminal").resolve().glob("*.log"), key=lambda path: path.name, reverse=True)[:20]]))
+
+    def run_of(self, log: Path) -> Path | None:
+        "Find the run that was started on the terminal of a log."
+        linked = [path.parent for path in (self.work / "runs").glob("*/*/terminal.log") if path.resolve() == log.resolve()]
+        return max(linked, key=lambda run: run.name, default=None)
 
     def list(self) -> list[dict[str, Any]]:
         "List what can be watched, newest first."
@@ -201,7 +207,7 @@ def check_viewer(socket: WebSocket, watch: Watch) -> bool:
     own = not origin or re.sub(r"^https?://", "", origin) == host
     return own and bool(watch.key or re.sub(r":\d+$", "", host) in HERE)
 
-# %% ../nbs/08_monitor.ipynb #d8eedfbd
+# %% ../nbs/08_monitor.ipynb #22c6442a
 async def view(socket: WebSocket) -> None:
     "Serve one viewer."
     watch: Watch = socket.app.state.watch
@@ -243,9 +249,7 @@ async def serve_viewer(socket: WebSocket, watch: Watch, name: str, offset: int) 
                 await socket.send_text(now.decode())
             told = now
             await socket.send_text(orjson.dumps({"type": "machine"} | watch.machine).decode())
-            if run and (better := run_log(run)) != follower.path:
-                follower = Follower(better)
-                await socket.send_text('{"type":"anew"}')
+            run = run or await asyncio.to_thread(watch.sources.run_of, log)
         if len(data) < PIECE:
             await asyncio.wait([gone], timeout=0.2)
 

@@ -26,7 +26,7 @@ class Browser:
         port = next(found[1] for line in self.process.stderr if (found := re.search(r"ws://[^:]+:(\d+)/", line)))
         [page] = [page for page in json.load(urlopen(f"http://127.0.0.1:{port}/json")) if page["type"] == "page"]
         self.stack, self.ids, self.complaints = ExitStack(), itertools.count(1), []
-        self.socket = self.stack.enter_context(connect(page["webSocketDebuggerUrl"], max_size=None))
+        self.socket = self.stack.enter_context(connect(page["webSocketDebuggerUrl"], max_size=None, ping_interval=None))
         for domain in ("Page", "Runtime", "DOM", "Log", "Network"):
             self.call(f"{domain}.enable")
         self.resize(width, height)

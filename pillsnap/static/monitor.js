@@ -23,6 +23,13 @@ function draw(tag, attributes, parent, text) {
 const terminal = new Terminal({ convertEol: true, scrollback: 50000, fontSize: 13, disableStdin: true, allowProposedApi: true, theme: { background: "#10131a" } });
 const fit = new FitAddon.FitAddon(), search = new SearchAddon.SearchAddon();
 
+const COLUMNS = 120; // a narrow window scrolls sideways: bars that were drawn for this width would wrap
+
+function fitTerminal() {
+  const size = fit.proposeDimensions();
+  if (size) terminal.resize(Math.max(COLUMNS, size.cols), size.rows);
+}
+
 function follow(on) {
   state.following = on;
   at("follow").setAttribute("aria-pressed", String(on));
@@ -162,8 +169,8 @@ function start() {
   terminal.loadAddon(fit);
   terminal.loadAddon(search);
   terminal.open(at("terminal"));
-  fit.fit();
-  window.addEventListener("resize", () => fit.fit());
+  fitTerminal();
+  window.addEventListener("resize", fitTerminal);
   at("follow").onclick = () => follow(!state.following);
   at("terminal").addEventListener("wheel", (event) => event.deltaY < 0 && follow(false), { passive: true });
   const find = (back) => { const words = at("search").value; if (words) { follow(false); search[back ? "findPrevious" : "findNext"](words); } };
