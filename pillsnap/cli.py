@@ -7,10 +7,11 @@ __all__ = ['NOTEBOOKS', 'OF_RUN', 'FILES', 'TERMINAL', 'AGAIN', 'DECIDED', 'app'
            'FIGURES', 'BundleOption', 'KeysOption', 'keys_app', 'notebook_parameters', 'choose_notebook',
            'check_request', 'show_progress', 'show_event', 'forward_signals', 'training_pid', 'launched_since',
            'tensorboard_beside', 'execute', 'report_run', 'publish', 'absolute_fields', 'absolute_paths', 'read_ahead',
-           'run_notebook', 'link_terminal', 'monitor_beside', 'run_watched', 'show_advice', 'run', 'synth', 'index',
-           'show_index', 'save_problems', 'doctor', 'show_diagnosis', 'lay_table', 'progress', 'do_steps',
-           'bundle_folder', 'keys_file', 'identify_photos', 'read_region', 'tell_answer', 'serve', 'add_a_key',
-           'list_keys', 'remove_a_key', 'reload_service', 'monitor', 'start_daemon', 'watch_command', 'report', 'main']
+           'run_notebook', 'link_terminal', 'monitor_beside', 'end_with_parent', 'run_watched', 'show_advice', 'run',
+           'synth', 'index', 'show_index', 'save_problems', 'doctor', 'show_diagnosis', 'lay_table', 'progress',
+           'do_steps', 'bundle_folder', 'keys_file', 'identify_photos', 'read_region', 'tell_answer', 'serve',
+           'add_a_key', 'list_keys', 'remove_a_key', 'reload_service', 'monitor', 'start_daemon', 'watch_command',
+           'report', 'main']
 
 # %% ../nbs/10_cli.ipynb #3ca6c7da
 import ast
@@ -273,7 +274,7 @@ def run_notebook(name: str, given: dict[str, Any], tensorboard: bool = False, ex
     decision = show_advice(run)
     return DECIDED[decision] if exit_code else 0
 
-# %% ../nbs/10_cli.ipynb #8d0ed361
+# %% ../nbs/10_cli.ipynb #9b0953ef
 TERMINAL = "PILL_TERMINAL_LOG"  # in the environment: what is written here is kept there
 
 
@@ -290,15 +291,30 @@ def monitor_beside(log: Path, port: int) -> Iterator[None]:
     "Run the monitor while the block runs, and say where; raises PillSnapError if it does not start."
     import subprocess
 
-    server = subprocess.Popen([sys.executable, *AGAIN, "monitor", "--port", str(port), "--log", str(log), "--source", log.name], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    said = log.with_suffix(".monitor")
+    with open(said, "wb") as out:
+        server = subprocess.Popen([sys.executable, *AGAIN, "monitor", "--port", str(port), "--log", str(log), "--source", log.name], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=out, text=True, start_new_session=True, preexec_fn=end_with_parent)
     if not (url := server.stdout.readline().strip()):
-        raise PillSnapError(f"the monitor did not start: {server.stderr.read().strip().removeprefix('pillsnap: ')}")
+        raise PillSnapError(f"the monitor did not start: {said.read_text('utf-8').strip().removeprefix('pillsnap: ')}")
     print(f"Monitor: {url} (as long as this runs; later: pillsnap monitor)", file=sys.stderr, flush=True)
     try:
         yield
+        time.sleep(1)  # the last lines are still on their way to the viewers
     finally:
         server.terminate()
         server.wait()
+        if not said.stat().st_size:
+            said.unlink()
+
+
+def end_with_parent() -> None:
+    "Ask the system to end this process when the one that started it ends, however that happens; Linux only."
+    import ctypes
+
+    try:
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    except (OSError, AttributeError):
+        pass
 
 
 AGAIN = ("-c", "from pillsnap.cli import main; main()")  # arguments of Python that call this program
@@ -710,13 +726,13 @@ def reload_service(
     taken = Client(url, key).reload(bundle)
     print(f"{url} answers with {taken['bundle']} ({taken['folder']}), before {taken['before']}")
 
-# %% ../nbs/10_cli.ipynb #12cc0169
+# %% ../nbs/10_cli.ipynb #03e85dd6
 @app.command()
 def monitor(
     run: Annotated[str, typer.Option("--run", help="A run's name, or stage/name, to show first; default the newest.")] = "",
     log: Annotated[list[Path] | None, typer.Option("--log", help="A log file of another process, to follow too; several times for several.")] = None,
     source: Annotated[str, typer.Option("--source", hidden=True)] = "",
-    host: Annotated[str, typer.Option("--host", help="127.0.0.1: this machine only; elsewhere a key in PILL_API_KEY is needed.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option("--host", help="127.0.0.1: this machine only; for others a key is needed. One in PILL_API_KEY is always asked for.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8888,
     daemon: Annotated[bool, typer.Option("--daemon", help="Go on in the background; the address and the process are printed.")] = False,
     log_level: Annotated[str, typer.Option("--log-level", help="critical, error, warning, info or debug.")] = "warning",
@@ -735,7 +751,7 @@ def monitor(
     sources = Sources(load_settings().work, tuple(path.expanduser().resolve() for path in log or ()))
     names = [one["name"] for one in sources.list() if one["run"]]
     first = source or next((name for name in names if run in (name, name.split("/")[1])), run)
-    monitor(sources, host, port, os.environ.get("PILL_API_KEY", "") if host not in ("127.0.0.1", "localhost", "::1") else "", first, log_level)
+    monitor(sources, host, port, os.environ.get("PILL_API_KEY", ""), first, log_level)
 
 
 def start_daemon(words: list[str]) -> None:

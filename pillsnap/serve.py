@@ -519,7 +519,7 @@ class JsonLines(logging.Formatter):
 LOGGING = {"version": 1, "disable_existing_loggers": False, "formatters": {"json": {"()": JsonLines}}, "handlers": {"out": {"class": "logging.StreamHandler", "formatter": "json", "stream": "ext://sys.stdout"}},
            "loggers": {"uvicorn": {"handlers": ["out"], "level": "WARNING", "propagate": False}}}
 
-# %% ../nbs/07_serve.ipynb #313d58d2
+# %% ../nbs/07_serve.ipynb #e3b68380
 def open_port(host: str, port: int) -> socket.socket:
     "Take a port; raises PillSnapError where that cannot be."
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -535,10 +535,10 @@ def open_port(host: str, port: int) -> socket.socket:
 
 
 def hold_memory() -> None:
-    "Let this process keep large blocks that it has freed, in one heap for all threads: giving them back and taking them anew costs up to half of the answers a second, and a heap for each thread grows for hours."
+    "Let this process keep large blocks that it has freed, in two heaps for all threads: giving them back and taking them anew costs up to half of the answers a second, and a heap for each thread grows for hours."
     try:
         libc = ctypes.CDLL(None)
-        for what, value in ((-3, 2**30), (-1, 2**31 - 1), (-8, 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX
+        for what, value in ((-3, 2**30), (-1, 2**31 - 1), (-8, 2)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX
             libc.mallopt(what, value)
     except (OSError, AttributeError):  # another C library
         pass

@@ -50,6 +50,7 @@ def read_log(socket, until):
         message = socket.recv(timeout=30)
         if isinstance(message, bytes):
             data += message[8:]
+            socket.send(str(int.from_bytes(message[:8], "big")))
             assert int.from_bytes(message[:8], "big") >= len(message) - 8
     return data
 
@@ -81,8 +82,22 @@ def test_a_command_is_seen_within_a_second_with_its_colours(environ, browser, tm
     assert browser.run("document.documentElement.scrollWidth") <= 390 and browser.complaints == []
     assert process.wait(30) == 4
     browser.wait("document.getElementById('line').className.includes('gone')", 10)
+    assert "line 39" in (shown := browser.run(TEXT)) and "[ended with status 4]" in shown
     [log] = (tmp_path / "work/terminal").glob("*.log")
     assert log.read_bytes().count(b"line ") == 40 and "line 39" in process.stdout.read()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_reaches_the_command_and_nothing_is_left(environ, number):
+    script = "import signal, sys, time\nsignal.signal(%d, lambda *_: sys.exit(7))\nprint('ready', flush=True)\ntime.sleep(60)" % number
+    process = start_cli("watch", "--port", "0", "--", sys.executable, "-c", script, env=environ)
+    url = next(line.split()[1] for line in process.stderr if line.startswith("Monitor: "))
+    assert process.stdout.readline().strip() == "ready"
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    assert process.wait(20) == 7
+    gone, alive = psutil.wait_procs(children, 5)
+    assert not alive and url
 
 
 @needs_browser
@@ -95,7 +110,7 @@ def test_a_killed_training_is_shown_as_gone(plan, tree, browser, tmp_path):
     with run_beside(make_monitor(Watch(Sources(here.settings.work)))) as url:
         browser.open(f"{url}/")
         browser.wait("state.run && state.run.classifier.done >= 2", 90)
-        assert browser.run("document.getElementById('state').className") == "state running" and "of 500 epochs" in browser.run("document.getElementById('facts').textContent") + " of 500 epochs" * browser.run("state.run.classifier.now !== null")
+        assert browser.run("document.getElementById('state').className") == "state running" and " of 500" in browser.run("document.getElementById('facts').textContent")
         shown, true = browser.run("state.run.classifier.curve[0].train_loss"), read_events(run, "epoch")[0]["train_loss"]
         assert shown == true and "not measured" in browser.run("document.getElementById('facts').textContent")  # no GPU here
         assert browser.run("state.run.detector") is None and f"{true:.3f}"[:4] in browser.run(TEXT)
@@ -155,7 +170,9 @@ def read_and_drop(url, until):
     with view(url, "long.log") as socket:
         while got < until:
             message = socket.recv(timeout=30)
-            got += len(message) - 8 if isinstance(message, bytes) else 0
+            if isinstance(message, bytes):
+                got += len(message) - 8
+                socket.send(str(int.from_bytes(message[:8], "big")))
 
 
 def test_only_the_own_page_and_only_with_the_key(tmp_path, environ):
@@ -168,6 +185,17 @@ def test_only_the_own_page_and_only_with_the_key(tmp_path, environ):
             assert closed.value.rcvd.code == code
         with view(url, key="secret", origin=url) as socket:
             assert read_log(socket, 6) == b"words\n"
+    with run_beside(make_monitor(Watch(Sources(tmp_path, (tmp_path / "a.log",))))) as url:  # without a key
+        here = {"host": "127.0.0.1", "port": int(url.rsplit(":", 1)[1])}
+        for at, more in ((url, {"origin": "https://other.example"}), (url, {"origin": "null"}), ("http://evil.example", here)):  # the last: a name that leads to this machine
+            with pytest.raises(ConnectionClosed) as closed, view(at, **more) as socket:
+                socket.recv(timeout=5)
+            assert closed.value.rcvd.code == 4403
+        for first in ("[]", "no JSON", '{"offset": Infinity}'):
+            with pytest.raises(ConnectionClosed) as closed, connect(f"{url.replace('http', 'ws')}/ws") as socket:
+                socket.send(first)
+                socket.recv(timeout=5)
+            assert closed.value.rcvd.code == 4400
     refused = start_cli("monitor", "--host", "0.0.0.0", env=environ)
     assert refused.wait(30) == 1 and "PILL_API_KEY" in refused.stderr.read()
 

@@ -2,7 +2,7 @@
 
 const at = (id) => document.getElementById(id);
 const COLOURS = ["#3b6fb6", "#e08a1e", "#2f9e6e", "#b5489a"];
-const state = { source: "", offset: 0, socket: null, run: null, machine: null, following: true, wait: 500, heard: 0 };
+const state = { source: "", offset: 0, socket: null, run: null, machine: null, following: true, wait: 500, heard: 0, toldAt: 0 };
 
 function make(tag, properties = {}, ...children) {
   const made = Object.assign(document.createElement(tag), properties);
@@ -38,9 +38,19 @@ function follow(on) {
 }
 
 function showLog(buffer) {
-  state.offset = Number(new DataView(buffer).getBigUint64(0));
-  const row = terminal.buffer.active.viewportY;
-  terminal.write(new Uint8Array(buffer, 8), () => (state.following ? terminal.scrollToBottom() : terminal.scrollToLine(row)));
+  const reached = Number(new DataView(buffer).getBigUint64(0)), socket = state.socket;
+  terminal.write(new Uint8Array(buffer, 8), () => {
+    if (socket !== state.socket) return;
+    state.offset = reached; // what is drawn, and no more: from here a lost line goes on
+    if (socket.readyState === 1) socket.send(String(reached));
+    if (state.following) terminal.scrollToBottom();
+    showBytes();
+  });
+}
+
+const clear = () => terminal.write("\x1bc"); // in its turn, behind what is still to be drawn
+
+function showBytes() {
   at("bytes").textContent = `${(state.offset / 1e6).toFixed(state.offset < 1e6 ? 3 : 1)} MB`;
 }
 
@@ -59,16 +69,17 @@ function tellModel(name, model) {
   const now = model.now ? `epoch ${model.now.epoch} of ${model.epochs}, step ${model.now.step} of ${model.now.steps}` : `${model.done} of ${model.epochs} epochs`;
   const last = model.curve[model.curve.length - 1], rate = model.now ? model.now.images_per_s : last && last.images_per_s;
   const facts = [[name, now], [`${name}: images a second`, number(rate)]];
-  if (model.done < model.epochs) facts.push([`${name}: time left`, state.run.alive ? span(model.left_s) : "–"]);
+  if (model.done < model.epochs) facts.push([`${name}: time left`, state.run.alive && !model.over ? span(model.left_s) : "–"]);
   if (last && last.size) facts.push([`${name}: size, batch`, `${last.size} px, ${last.batch}`]);
   return facts;
 }
 
 function showFacts() {
   const facts = [], run = state.run, machine = state.machine;
-  if (run) facts.push(...tellModel("classifier", run.classifier), ...tellModel("detector", run.detector), ["device", run.device || "not known"], ["last word", run.age_s === null ? "none yet" : `${span(run.age_s + (Date.now() - state.heard) / 1000)} ago`], ["advice", run.advice || "not evaluated"]);
+  if (run) facts.push(...tellModel("classifier", run.classifier), ...tellModel("detector", run.detector), ["device", run.device || "not known"], ["last word", run.age_s === null ? "none yet" : `${span(run.age_s + (Date.now() - state.toldAt) / 1000)} ago`], ["advice", run.advice || "not evaluated"]);
+  if (machine && machine.error) facts.push(["machine", `not measured: ${machine.error}`]);
   if (machine && machine.memory_gb) {
-    facts.push(["processor", `${number(machine.cpu)} % of ${machine.cores} cores`], ["memory", `${machine.memory_gb[0]} of ${machine.memory_gb[1]} GB`], ["disk", `${machine.disk_gb[0]} of ${machine.disk_gb[1]} GB`]);
+    facts.push(["processor", machine.cpu === null ? "not measured yet" : `${number(machine.cpu)} % of ${machine.cores} cores`], ["memory", `${machine.memory_gb[0]} of ${machine.memory_gb[1]} GB`], ["disk", `${machine.disk_gb[0]} of ${machine.disk_gb[1]} GB`]);
     for (const gpu of machine.gpus || [null]) facts.push(["GPU", gpu ? `${gpu.name}: ${number(gpu.use)} %, ${gpu.memory_gb ? gpu.memory_gb.join(" of ") : "?"} GB, ${number(gpu.celsius)} °C` : "not measured"]);
   }
   at("facts").replaceChildren(...facts.map(([name, value]) => make("div", {}, make("dt", { textContent: name }), make("dd", { textContent: value }))));
@@ -119,7 +130,7 @@ function showRun() {
   words.textContent = run.stalled ? `${run.stage}/${run.run}: running, but silent for ${span(run.age_s)}` : `${run.stage}/${run.run}: ${run.state}`;
   words.className = `state ${run.stalled ? "stalled" : run.alive ? "running" : run.state === "complete" ? "" : "failed"}`;
   showCurves();
-  at("gates").replaceChildren(table(["gate", "value", "target", ""], run.gates.map((gate) => [gate.name, gate.value === null ? "not measured" : number(gate.value), number(gate.target), gate.passed === null ? "not measured" : gate.passed ? "passed" : "FAILED"]), "not evaluated yet"));
+  at("gates").replaceChildren(table(["gate", "value", "target", ""], run.gates.map((gate) => [gate.name, gate.value === null ? "not measured" : number(gate.value, 5), number(gate.target, 5), gate.passed === null ? "not measured" : gate.passed ? "passed" : "FAILED"]), "not evaluated yet"));
   at("events").replaceChildren(table(["after", "event", "what"], run.events.map((event) => [event.at, event.event, event.what]), "nothing yet"));
 }
 
@@ -132,12 +143,13 @@ function tellLine(words, kind) {
 
 function open(source, offset) {
   if (state.socket) state.socket.onclose = state.socket.onmessage = null, state.socket.close();
-  if (source !== state.source || !offset) terminal.reset();
-  Object.assign(state, { source, offset });
+  if (source !== state.source || !offset) clear();
+  if (source !== state.source) forgetRun();
+  Object.assign(state, { source, offset, heard: Date.now() });
   const socket = (state.socket = new WebSocket(`${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/ws`));
   socket.binaryType = "arraybuffer";
   socket.onopen = () => socket.send(JSON.stringify({ key: sessionStorage.getItem("monitor-key") || "", source: state.source, offset: state.offset }));
-  socket.onmessage = (message) => { state.heard = Date.now(); hear(message.data); };
+  socket.onmessage = (message) => { state.heard = Date.now(); tellLine("live", "live"); hear(message.data); };
   socket.onclose = (event) => {
     at("key-row").hidden = event.code !== 4401;
     if (event.code === 4401) return tellLine("a key is needed", "gone");
@@ -147,20 +159,26 @@ function open(source, offset) {
   };
 }
 
+function forgetRun() {
+  state.run = null;
+  at("state").textContent = "–";
+  at("state").className = "state";
+  for (const id of ["curves", "gates", "events"]) at(id).replaceChildren();
+}
+
 function hear(data) {
   if (data instanceof ArrayBuffer) return showLog(data);
   const told = JSON.parse(data);
-  if (told.type === "anew") { terminal.reset(); state.offset = 0; }
+  if (told.type === "anew") { clear(); state.offset = 0; }
   if (told.type === "sources") {
     state.wait = 500;
-    tellLine("live", "live");
     state.source = told.source;
     at("source").replaceChildren(...told.sources.map((one) => make("option", { value: one.name, textContent: `${one.name} · ${one.state}`, selected: one.name === told.source })));
     const run = told.sources.some((one) => one.name === told.source && one.run);
-    if (!run) { state.run = null; at("state").textContent = told.source || "nothing to watch yet"; at("state").className = "state"; for (const id of ["curves", "gates", "events"]) at(id).replaceChildren(); }
+    if (!run) { forgetRun(); at("state").textContent = told.source || "nothing to watch yet"; }
   }
-  if (told.type === "run") { state.run = told; showRun(); }
-  if (told.type === "error") { at("state").textContent = told.message; at("state").className = "state failed"; }
+  if (told.type === "run") { state.run = told; state.toldAt = Date.now(); showRun(); }
+  if (told.type === "error") { forgetRun(); at("state").textContent = told.message; at("state").className = "state failed"; }
   if (told.type === "machine") state.machine = told;
   showFacts();
 }
@@ -173,13 +191,15 @@ function start() {
   window.addEventListener("resize", fitTerminal);
   at("follow").onclick = () => follow(!state.following);
   at("terminal").addEventListener("wheel", (event) => event.deltaY < 0 && follow(false), { passive: true });
+  for (const name of ["touchmove", "pointerdown"]) at("terminal").addEventListener(name, () => follow(false), { passive: true });
+  at("terminal").addEventListener("keydown", (event) => ["PageUp", "Home", "ArrowUp"].includes(event.key) && follow(false), true);
   const find = (back) => { const words = at("search").value; if (words) { follow(false); search[back ? "findPrevious" : "findNext"](words); } };
   at("search").onkeydown = (event) => { if (event.key === "Enter") { event.preventDefault(); find(event.shiftKey); } };
   at("next").onclick = () => find(false);
   at("previous").onclick = () => find(true);
   at("source").onchange = () => open(at("source").value, 0);
   at("key-row").onsubmit = (event) => { event.preventDefault(); sessionStorage.setItem("monitor-key", at("key").value.trim()); open(state.source, state.offset); };
-  setInterval(() => { if (state.socket && state.socket.readyState === 1 && Date.now() - state.heard > 5000) tellLine("silent", "gone"); showFacts(); }, 1000);
+  setInterval(() => { if (state.socket && state.socket.readyState === 1 && Date.now() - state.heard > 5000) tellLine("silent", "gone"); if (state.socket && state.socket.readyState === 1 && Date.now() - state.heard > 12000) open(state.source, state.offset); showFacts(); }, 1000);
   open("", 0);
 }
 
