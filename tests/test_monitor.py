@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from socket import create_connection
 
 import psutil
 import pytest
@@ -186,7 +187,7 @@ def test_only_the_own_page_and_only_with_the_key(tmp_path, environ):
         with view(url, key="secret", origin=url) as socket:
             assert read_log(socket, 6) == b"words\n"
     with run_beside(make_monitor(Watch(Sources(tmp_path, (tmp_path / "a.log",))))) as url:  # without a key
-        here = {"host": "127.0.0.1", "port": int(url.rsplit(":", 1)[1])}
+        here = {"sock": create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])))}
         for at, more in ((url, {"origin": "https://other.example"}), (url, {"origin": "null"}), ("http://evil.example", here)):  # the last: a name that leads to this machine
             with pytest.raises(ConnectionClosed) as closed, view(at, **more) as socket:
                 socket.recv(timeout=5)
