@@ -726,7 +726,7 @@ def reload_service(
     taken = Client(url, key).reload(bundle)
     print(f"{url} answers with {taken['bundle']} ({taken['folder']}), before {taken['before']}")
 
-# %% ../nbs/10_cli.ipynb #03e85dd6
+# %% ../nbs/10_cli.ipynb #fbc752f9
 @app.command()
 def monitor(
     run: Annotated[str, typer.Option("--run", help="A run's name, or stage/name, to show first; default the newest.")] = "",
@@ -749,7 +749,7 @@ def monitor(
     if daemon:
         return start_daemon([word for word in sys.argv[1:] if word != "--daemon"])
     sources = Sources(load_settings().work, tuple(path.expanduser().resolve() for path in log or ()))
-    names = [one["name"] for one in sources.list() if one["run"]]
+    names = [f"{path.parent.name}/{path.name}" for path in sources.runs()] if run else []
     first = source or next((name for name in names if run in (name, name.split("/")[1])), run)
     monitor(sources, host, port, os.environ.get("PILL_API_KEY", ""), first, log_level)
 

@@ -144,7 +144,7 @@ def tell_machine(folder: Path) -> dict[str, Any]:
     return {"cpu": psutil.cpu_percent(), "cores": psutil.cpu_count(), "memory_gb": [round((memory.total - memory.available) / 1e9, 2), round(memory.total / 1e9, 2)], "disk_gb": [round(disk.used / 1e9, 1), round(disk.total / 1e9, 1)],
             "gpus": [tell_gpu(handle) for handle in open_gpus()] or None}
 
-# %% ../nbs/08_monitor.ipynb #966af6ca
+# %% ../nbs/08_monitor.ipynb #4412e760
 @dataclass(frozen=True)
 class Sources:
     "Where what can be watched lies."
@@ -154,15 +154,17 @@ class Sources:
     def find(self, name: str) -> tuple[Path, Path | None]:  # the log; the run, if it is one
         "Find a source by its name; raises PillSnapError for one that is not in the list."
         run = next((path for path in self.runs() if f"{path.parent.name}/{path.name}" == name), None)
-        log = run_log(run) if run else next((path for path in self.logs() if self.label(path) == name), None)
+        log = run_log(run) if run else self.labelled().get(name)
         if log is None:
             known = [source["name"] for source in self.list()]
             raise PillSnapError(f"nothing to watch is called {name!r}: {suggest(name, known) if known else 'there is nothing yet'}")
         return log, run or self.run_of(log)
 
-    def label(self, log: Path) -> str:
-        "Name a log: by its file, with its folder where two files have one name."
-        return log.name if sum(other.name == log.name for other in self.logs()) == 1 else f"{log.parent.name}/{log.name}"
+    def labelled(self) -> dict[str, Path]:
+        "Name the logs: by their files, with the folder where two files have one name."
+        logs = self.logs()
+        names = [log.name for log in logs]
+        return {log.name if names.count(log.name) == 1 else f"{log.parent.name}/{log.name}": log for log in logs}
 
     def runs(self) -> list[Path]:
         "List all runs, the last that wrote first."
@@ -180,7 +182,7 @@ class Sources:
 
     def list(self) -> list[dict[str, Any]]:
         "List what can be watched, the last that wrote first: thirty runs, and the logs."
-        return [{"name": f"{run.parent.name}/{run.name}", "run": True, "state": state_or_reason(run)} for run in self.runs()[:30]] + [{"name": self.label(path), "run": False, "state": "log"} for path in self.logs()]
+        return [{"name": f"{run.parent.name}/{run.name}", "run": True, "state": state_or_reason(run)} for run in self.runs()[:30]] + [{"name": name, "run": False, "state": "log"} for name in self.labelled()]
 
 
 def state_or_reason(run: Path) -> str:
