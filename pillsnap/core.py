@@ -11,9 +11,9 @@ __all__ = ['FROZEN', 'V2_S', 'V2_L', 'GPU', 'STAGES', 'AT_MOST', 'FULLEST', 'Pil
            'show_line', 'display_text', 'content_hash', 'lock', 'new_run', 'git_state', 'installed_versions',
            'describe_run', 'append_event', 'parse_event', 'read_events', 'tail_events', 'epoch_line', 'run_state',
            'list_runs', 'find_run', 'write_metrics', 'read_metrics', 'injected_names', 'exported_source',
-           'stale_modules', 'Parameters', 'read_parameters', 'pick_device', 'count_workers']
+           'stale_modules', 'Parameters', 'read_parameters', 'pick_device', 'hold_memory', 'count_workers']
 
-# %% ../nbs/00_core.ipynb #ee95ef21
+# %% ../nbs/00_core.ipynb #136077ea
 import ast
 import builtins
 import difflib
@@ -34,6 +34,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -768,6 +769,19 @@ def pick_device(wanted: str = "auto") -> str:  # "cuda", "mps", "cpu", or the on
     if kind not in ("cpu", best):
         raise PillSnapError(f"device {wanted!r} is not available here (PILLSNAP_DEVICE); auto would take {best!r}")
     return best if wanted == "auto" else wanted
+
+# %% ../nbs/00_core.ipynb #c12d0ee3
+@cache
+def hold_memory(heaps: int = 0) -> None:  # heaps for all threads together; 0: as many as glibc likes
+    "Let this process keep large blocks it has freed: glibc gives them back each time and takes them anew, page by page, which costs a training on a CPU a quarter of its time and a service up to half of its answers."
+    import ctypes
+
+    try:
+        libc = ctypes.CDLL(None)
+        for what, value in ((-3, 1 << 30), (-1, 2**31 - 1), *(((-8, heaps),) if heaps else ())):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX
+            libc.mallopt(what, value)
+    except (OSError, AttributeError):  # another C library
+        pass
 
 # %% ../nbs/00_core.ipynb #3b0af4f7
 def count_workers(

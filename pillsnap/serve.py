@@ -8,12 +8,10 @@ __all__ = ['STATUS', 'NOTICE', 'router', 'Mode', 'FORM', 'MOST_PHOTOS', 'MOST_TO
            'open_served', 'Service', 'choose_bundle', 'take_bundle', 'reply', 'check_answered', 'form_body', 'health',
            'version', 'metrics', 'predict', 'the_photo', 'note_work', 'batch', 'analyze', 'drug_of_item', 'drugs',
            'reload', 'kind_of', 'write_kept', 'keep_photos', 'page', 'static', 'icon', 'hand_on', 'write_line',
-           'make_app', 'describe_api', 'PatientProtocol', 'JsonLines', 'open_port', 'hold_memory', 'serve',
-           'run_beside']
+           'make_app', 'describe_api', 'PatientProtocol', 'JsonLines', 'open_port', 'serve', 'run_beside']
 
-# %% ../nbs/07_serve.ipynb #30f8e1eb
+# %% ../nbs/07_serve.ipynb #caa45667
 import asyncio
-import ctypes
 import gc
 import json
 import logging
@@ -43,7 +41,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 import pillsnap
 from .bundle import Bundle, open_bundle
-from .core import PillSnapError, atomic_path
+from .core import PillSnapError, atomic_path, hold_memory
 from .door import Counts, Door, Form, Refusal, Rules, Visit, read_form, visit_of
 from .identify import MODES, Answer, Extra, check_request, identify
 from .keys import KeyRing
@@ -519,7 +517,7 @@ class JsonLines(logging.Formatter):
 LOGGING = {"version": 1, "disable_existing_loggers": False, "formatters": {"json": {"()": JsonLines}}, "handlers": {"out": {"class": "logging.StreamHandler", "formatter": "json", "stream": "ext://sys.stdout"}},
            "loggers": {"uvicorn": {"handlers": ["out"], "level": "WARNING", "propagate": False}}}
 
-# %% ../nbs/07_serve.ipynb #e3b68380
+# %% ../nbs/07_serve.ipynb #c9446baf
 def open_port(host: str, port: int) -> socket.socket:
     "Take a port; raises PillSnapError where that cannot be."
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -534,22 +532,12 @@ def open_port(host: str, port: int) -> socket.socket:
     return listening
 
 
-def hold_memory() -> None:
-    "Let this process keep large blocks that it has freed, in two heaps for all threads: giving them back and taking them anew costs up to half of the answers a second, and a heap for each thread grows for hours."
-    try:
-        libc = ctypes.CDLL(None)
-        for what, value in ((-3, 2**30), (-1, 2**31 - 1), (-8, 2)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX
-            libc.mallopt(what, value)
-    except (OSError, AttributeError):  # another C library
-        pass
-
-
 def serve(serving: Serving, host: str, port: int, keys: Path | None, origins: Sequence[str] = ()) -> None:  # keys None: no keys, this machine only
     "Serve a bundle until a signal comes; requests in work are finished first. Raises PillSnapError for what stands against a start."
     if keys is None and host not in ("127.0.0.1", "localhost", "::1"):
         raise PillSnapError(f"without keys only this machine is served, not {host}: leave --host out, or make a key with `pillsnap keys add NAME`")
     ring = KeyRing(keys) if keys else None
-    hold_memory()
+    hold_memory(heaps=2)
     with open_port(host, port) as listening:
         service = Service(serving)
         shown = f"[{host}]" if ":" in host else host
