@@ -30,7 +30,7 @@ demo: $(READY)
 	echo; echo "To serve it, for this machine only:  $(BIN)/pillsnap serve --insecure-localhost   and open http://127.0.0.1:8000/"; \
 	echo; echo "Done in $$((SECONDS - start)) s. Look at $(CURDIR)/reports/index.html"
 
-# Each step's time is printed; `tests/README.md` says what belongs where so that the whole stays within 20 minutes on two cores.
+# Each step's time is printed; `tests/README.md` says what belongs where so that the whole stays within 25 minutes on two cores.
 test: $(READY)
 	@tests/run_all.sh
 

@@ -10,7 +10,7 @@ __all__ = ['SHARE', 'MOST_DAMAGED', 'MOST_MEMORY', 'CORRUPT', 'LONG', 'MOST_DRIF
            'write_tensorboard', 'advice_table', 'check_table', 'option_table', 'advice_history', 'stage_progress',
            'tell_best', 'next_steps']
 
-# %% ../nbs/04e_advise.ipynb #12ec4769
+# %% ../nbs/04e_advise.ipynb #7e82e8ef
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -21,8 +21,8 @@ from typing import Any
 
 import pandas as pd
 
-from .core import AT_MOST, STAGES, PillSnapError, Settings, Stage, append_event, list_runs, parse_overrides, read_events, read_json, read_metrics, run_state, write_json
-from .records import as_command, epoch_table, is_alive, resume_command, tell_state
+from .core import AT_MOST, STAGES, PillSnapError, Settings, Stage, append_event, is_alive, list_runs, parse_overrides, read_events, read_json, read_metrics, run_state, write_json
+from .records import as_command, epoch_table, resume_command, tell_state
 
 # %% ../nbs/04e_advise.ipynb #4051a6af
 SHARE = 0.7  # of a target that still is worth optimising

@@ -8,7 +8,7 @@ __all__ = ['Pill', 'COMPOSERS', 'cut_passes', 'choose_drugs', 'ComposeSettings',
            'draw_sensor_noise', 'expose', 'compose', 'show_trays', 'new_background', 'show_backgrounds', 'start_worker',
            'compose_here', 'write_here', 'start_pool', 'stream_trays', 'write_tray', 'write_trays', 'measure_speed']
 
-# %% ../nbs/03b_compose.ipynb #ba5d8f6d
+# %% ../nbs/03b_compose.ipynb #8d581652
 import math
 import multiprocessing
 import os
@@ -28,7 +28,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .core import PillSnapError, atomic_folder, show_work, write_json
+from .core import PillSnapError, atomic_folder, show_work, watch_space, write_json
 from .cutouts import REASONS, Bank, Box, bounds, cut_out
 from .grounds import DRAWN, VARIANTS, draw_ground
 from .viz import image_grid
@@ -352,7 +352,7 @@ def stream_trays(
             waiting += [pool.submit(compose_here, i) for i in islice(numbers, 1)]
             yield tray
 
-# %% ../nbs/03b_compose.ipynb #03b68c0c
+# %% ../nbs/03b_compose.ipynb #e27fac12
 def write_tray(composer: Composer, folder: Path, i: int, ending: str) -> list[dict]:  # rows of the table of pills
     "Write one tray's picture."
     picture, pills = compose(composer, i)
@@ -372,12 +372,13 @@ def write_trays(
     "Write trays, whole or not at all; what is written does not depend on `workers`."
     if ending not in (".jpg", ".png"):
         raise PillSnapError(f"ending {ending!r}: choose .jpg or .png")
-    rows: list[dict] = []
+    rows, look = [], watch_space(folder, "composing trays")
     with atomic_folder(folder) as part, show_work("composing trays", n) as advance, start_pool(composer, workers) as pool:
         (part / "images").mkdir()
         for pills in pool.map(write_here, [(part, i, ending) for i in range(n)], chunksize=4):
             rows += pills
             advance(1)
+            look()
         table = pd.DataFrame(rows, columns=["image", "k_code", *"xywh"])
         table.to_parquet(part / "pills.parquet")
         write_json(part / "composer.json", {"settings": asdict(composer.settings), "bank": composer.bank.key, "trays": n, "pills": len(table), "patches": len(composer.patches)})

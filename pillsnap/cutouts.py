@@ -11,7 +11,7 @@ __all__ = ['Box', 'ROOM', 'SEARCH', 'EXTENTS', 'REASONS', 'STEEP', 'LONGEST', 'T
            'look_up_drugs', 'share_cutouts', 'bank_of_manifest', 'bank_of_stage', 'leave_out', 'count_rejections',
            'show_cutouts']
 
-# %% ../nbs/03aa_cutouts.ipynb #d34d5201
+# %% ../nbs/03aa_cutouts.ipynb #057ccee0
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -26,7 +26,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from .aihub import read_or_none
-from .core import Parameters, PillSnapError, Settings, atomic_folder, content_hash, lock, read_json, show_work, write_json
+from .core import Parameters, PillSnapError, Settings, atomic_folder, content_hash, lock, read_json, show_work, watch_space, write_json
 from .drugs import FIELDS
 from .index import Index, hash_table
 from .inspection import inspect
@@ -339,7 +339,7 @@ def square_ground(photo: np.ndarray, box: Box) -> np.ndarray:  # (GROUND_SIDE, G
     top, left = (photo.shape[0] - side) // 2, (photo.shape[1] - side) // 2
     return cv2.resize(ground[top : top + side, left : left + side], (GROUND_SIDE, GROUND_SIDE), interpolation=cv2.INTER_AREA if side > GROUND_SIDE else cv2.INTER_CUBIC)
 
-# %% ../nbs/03aa_cutouts.ipynb #1caffdb9
+# %% ../nbs/03aa_cutouts.ipynb #1a70d02d
 def measure_bank(table: pd.DataFrame, millimetres: Mapping[str, float]) -> pd.DataFrame:
     "Add the px per mm of each drug and the lamp of each photo."
     good = table[table.reason == ""]
@@ -358,12 +358,13 @@ def build_bank(pills: pd.DataFrame, roots: Sequence[Path], millimetres: Mapping[
     step = max(1, len(pills) // (2 * GROUNDS))
     work = [(pill, roots, shapes.get(pill.k_code, ""), limits, i % step == 0) for i, pill in enumerate(pills.itertuples())]
     with show_work("cutting pills out", len(work)) as advance, ThreadPoolExecutor(workers) as pool, (folder / "pixels.raw").open("wb") as pixels:
-        rows, grounds = [], []
+        rows, grounds, look = [], [], watch_space(folder, "cutting pills out")
         for facts, rgba, ground in pool.map(lambda task: cut_row(*task), work):
             pixels.write(rgba.tobytes())
             rows.append(facts)
             grounds += [ground] if ground is not None else []
             advance(1)
+            look()
     table = pd.DataFrame(rows)
     if not (table.reason == "").any():
         raise PillSnapError(f"none of {len(table)} cut-outs is good: {table.reason.map(REASONS).value_counts().to_dict()}")

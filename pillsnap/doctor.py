@@ -10,7 +10,7 @@ __all__ = ['SAMPLE', 'PHOTO', 'LOADING', 'TESTED', 'VALIDATED', 'Sample', 'take_
            'find_detector_weights', 'find_versions', 'find_fonts', 'look_around', 'time_detector', 'flatten', 'outlook',
            'count_weights', 'Diagnosis', 'examine', 'existing', 'sample_dataset', 'limit_once', 'rate_table']
 
-# %% ../nbs/04b_doctor.ipynb #4ea24c31
+# %% ../nbs/04b_doctor.ipynb #703f0e6a
 import contextlib
 import os
 import shutil
@@ -32,7 +32,7 @@ from torch import nn
 from .aihub import decode_picture, pill_source, read_or_none
 from .backgrounds import Relay, find_masks, stock_grounds
 from .classifier import build_classifier, check_tag, model_preprocess, to_input
-from .core import FULLEST, Parameters, PillSnapError, Settings, Stage, count_workers, disk_room, installed_versions, pick_device, stale_modules
+from .core import Parameters, PillSnapError, Settings, Stage, count_workers, disk_room, installed_versions, pick_device, stale_modules
 from .data import Photos, PillDataset, choose_kind, cut_wide, encode, ensure_cache, epoch_order, estimate_bytes, plan_cut, stage_batches
 from .detector import build_network
 from .engine import is_memory_error, start_training, train_step
@@ -314,11 +314,11 @@ def find_memory(workers: int) -> list[Finding]:
         found.append(Finding("shared memory", f"{free / 1e9:.2f} GB", "containers get 64 MB: start yours with --shm-size=8g, or loader=threads" if free < 1e9 else ""))
     return found
 
-# %% ../nbs/04b_doctor.ipynb #84e90eba
+# %% ../nbs/04b_doctor.ipynb #47e5ae47
 def find_space(settings: Settings) -> Finding:
     "Look at the space of the work folder's disk."
     room, used = disk_room(settings.work)
-    return Finding("space", f"{used:.0%} of the disk of {settings.work} is used; caches may take {max(0, room) / 1e9:.0f} GB more (up to {FULLEST:.0%})", "free space, or set PILLSNAP_WORK to another disk" if room < 5e9 else "")
+    return Finding("space", f"{used:.0%} of the disk of {settings.work} is used; caches may take {max(0, room) / 1e9:.0f} GB more (up to {settings.fullest:.0%})", "free space, or set PILLSNAP_WORK to another disk" if room < 5e9 else "")
 
 
 def find_data(plan: Parameters) -> Finding:

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['LIMITS', 'SMALLER', 'SAMPLES', 'WARM_UPS', 'RUNS', 'FASTER', 'FORMS', 'LICENCES', 'THUMBNAILS', 'THUMBNAIL_PX',
            'PixelClassifier', 'PixelDetector', 'write_graph', 'choose_pills', 'compare_logits', 'compare_boxes',
-           'check_parity', 'time_by_turns', 'Inputs', 'make_half', 'make_dynamic', 'make_static', 'try_forms',
-           'choose_classifier', 'choose_detector', 'Exported', 'write_card', 'export_networks', 'compare_run',
-           'some_photos', 'fill_bundle', 'scratch_beside', 'write_pictures', 'point_latest', 'export_run', 'publish',
-           'ensure_bundle', 'time_bundle', 'measure_again']
+           'check_parity', 'Inputs', 'make_half', 'make_dynamic', 'make_static', 'try_forms', 'choose_classifier',
+           'choose_detector', 'Exported', 'write_card', 'export_networks', 'compare_run', 'some_photos', 'fill_bundle',
+           'scratch_beside', 'write_pictures', 'point_latest', 'export_run', 'publish', 'ensure_bundle', 'time_bundle',
+           'measure_again']
 
-# %% ../nbs/06_export.ipynb #04056205
-import itertools
+# %% ../nbs/06_export.ipynb #0f78370e
 import os
 import secrets
 import shutil
@@ -19,7 +18,7 @@ import tempfile
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -45,6 +44,7 @@ from .judge import load_judge
 from .pipeline import hash_file, measure_pipeline, open_pipeline, run_pipeline, test_trays
 from .predictions import Evaluated, cut_test_pill, name_picture, open_run, some_of_each
 from .preprocess import Preprocess, cut_square, golden_photo, golden_vector
+from .timing import time_by_turns
 from .train import classifier_pills
 
 # %% ../nbs/06_export.ipynb #973bb92b
@@ -115,25 +115,9 @@ def check_parity(found: dict[str, float], limits: dict[str, tuple[float, str]]) 
     "Hold a comparison against its limits."
     return [{"name": name, "value": found[name], "limit": limit, "side": side, "passed": bool(found[name] >= limit if side == "at least" else found[name] <= limit)} for name, (limit, side) in limits.items() if name in found]
 
-# %% ../nbs/06_export.ipynb #e139570f
-WARM_UPS, RUNS = 20, 200
+# %% ../nbs/06_export.ipynb #58ba5bde
+WARM_UPS, RUNS = 20, 200  # calls of a form
 FASTER = 0.8  # of the first form's time that another may take
-
-
-def time_by_turns(calls: Mapping[str, Callable[[], Any]], warm_ups: int = WARM_UPS, runs: int = RUNS, turns: int = 10) -> pd.DataFrame:  # index: name; p50_ms, p95_ms, ratio to the first
-    "Time calls side by side, by turns: a busy moment meets all of them. The ratio is the median of the turns'."
-    times = {name: np.empty((turns, runs // turns)) for name in calls}
-    for call in calls.values():
-        for _ in range(warm_ups):
-            call()
-    for turn, (name, call) in itertools.product(range(turns), calls.items()):
-        for i in range(runs // turns):
-            start = time.perf_counter()
-            call()
-            times[name][turn, i] = 1000 * (time.perf_counter() - start)
-    medians = {name: np.median(found, axis=1) for name, found in times.items()}
-    first = next(iter(medians.values()))
-    return pd.DataFrame({name: {"p50_ms": np.quantile(found, 0.5), "p95_ms": np.quantile(found, 0.95), "ratio": np.median(medians[name] / first)} for name, found in times.items()}).T
 
 
 class Inputs:
@@ -173,7 +157,7 @@ def make_static(path: Path, made: Path, inputs: np.ndarray, given: str) -> None:
 
 FORMS = {"fp16": make_half, "int8 dynamic": make_dynamic, "int8 static": make_static}
 
-# %% ../nbs/06_export.ipynb #79d36112
+# %% ../nbs/06_export.ipynb #7de428c7
 def try_forms(
     path: Path,  # the network in single precision
     given: str,  # name of its input
@@ -195,7 +179,7 @@ def try_forms(
             files[name], sessions[name] = made, session
         except Exception as e:  # a form that this model or this machine cannot have is no error of the export
             rows[name] = {"note": f"not possible: {type(e).__name__}: {str(e)[:120]}"}
-    times = time_by_turns({name: partial(call, session) for name, session in sessions.items()})
+    times = time_by_turns({name: partial(call, session) for name, session in sessions.items()}, WARM_UPS, RUNS)
     good = [name for name in files if all(row["passed"] for row in check_parity(rows[name], limits)) and times.ratio[name] <= FASTER]
     chosen = min(["fp32", *good], key=times.ratio.get)
     table = pd.DataFrame(rows).T.join(times)
@@ -403,14 +387,14 @@ def ensure_bundle(plan: Parameters) -> Path:
         report = read_json(run / "export_report.json") if (run / "export_report.json").exists() else {"bundle": run / "none"}
         return Path(report["bundle"]) if Path(report["bundle"]).is_dir() else export_run(run, plan).bundle
 
-# %% ../nbs/06_export.ipynb #4520f693
+# %% ../nbs/06_export.ipynb #2db69dd2
 def time_bundle(bundle: Bundle, crops: np.ndarray, evaluated: Evaluated) -> pd.DataFrame:  # index: what; p50_ms, p95_ms
     "Time a bundle's parts and its whole answers, one photo at a time."
     [photo] = some_photos(evaluated, 1)
     calls = {"classify one pill": lambda: bundle.pipeline.classify(crops[:1]), "one photo, mode single": lambda: bundle([photo], "single")}
     if bundle.pipeline.detect:
         calls["one photo, mode combination"] = lambda: bundle([photo], "combination")
-    return time_by_turns(calls).drop(columns="ratio")
+    return time_by_turns(calls, WARM_UPS, RUNS).drop(columns="ratio")
 
 
 def measure_again(bundle: Bundle, evaluated: Evaluated) -> dict[str, float]:  # empty without trays

@@ -9,7 +9,7 @@ __all__ = ['BATCH', 'KEEP_SECONDS', 'GONE', 'LABEL_RESULT', 'PHOTO_RESULT', 'REF
            'spread_rows', 'reference_rows', 'find_loose', 'read_pills', 'read_slice', 'blame', 'inspect',
            'measure_photos', 'judge', 'number_pills']
 
-# %% ../nbs/00cb_inspection.ipynb #d2d33bd5
+# %% ../nbs/00cb_inspection.ipynb #b81a7ebb
 import hashlib
 import io
 import json
@@ -32,7 +32,7 @@ from PIL import Image, UnidentifiedImageError
 
 from .aihub import (PROBLEM_COLUMNS, Tables, check_label, image_paths, label_sources, list_problems, make_table, photo_size,
                             photo_sources, read_label)
-from .core import PillSnapError, atomic_path, show_work
+from .core import PillSnapError, atomic_path, check_space, show_work
 from .drugs import build_registry
 from .files import Source
 
@@ -97,7 +97,7 @@ def version_keys(
         texts.append(f"{source}|{source.offset}|{stamps[at]}")
     return pd.util.hash_array(np.array(texts, dtype=object), categorize=False)
 
-# %% ../nbs/00cb_inspection.ipynb #95b1072f
+# %% ../nbs/00cb_inspection.ipynb #f5840f01
 BATCH = 2_000  # files in one piece of work
 KEEP_SECONDS = 10.0  # what a kill can cost
 GONE = 100  # files that cannot be opened: more, and most of a batch, is a disk that went away
@@ -124,6 +124,8 @@ def read_through(
             if done + len(rows) == len(new) or time.perf_counter() - kept > KEEP_SECONDS:
                 parts.append(keep(rows, columns, keys[new[done : done + len(rows)]], store))
                 done, rows, kept = done + len(rows), [], time.perf_counter()
+                if store.folder and done < len(new):
+                    check_space(store.folder, 0, f"reading {what}")
     table = stack_rows(parts)
     return table[~table.index.duplicated()].reindex(keys).reset_index(drop=True)
 
@@ -254,12 +256,14 @@ def reference_rows(images: pd.DataFrame, rows: np.ndarray) -> np.ndarray:  # pla
     pairs = first.explode().reset_index(name="code")
     return np.union1d(singles, pairs[pairs.groupby("code").cumcount() < REFERENCES]["index"].to_numpy(dtype=int))
 
-# %% ../nbs/00cb_inspection.ipynb #18d1ebce
+# %% ../nbs/00cb_inspection.ipynb #9b41722e
 def find_loose(
     pills: pd.DataFrame,  # k_code, kind, w, h
     reference: pd.DataFrame,  # the same columns
 ) -> pd.Series:  # text per row, "" for a good box
     "Compare each box's longer side with the median of its drug's references, singles and trays apart."
+    if pills.empty:
+        return pd.Series(dtype=object)
     side = reference[["w", "h"]].max(axis=1).groupby([reference.k_code, reference.kind.astype(str)]).agg(["median", "size"])
     median = side["median"].where(side["size"] >= LEAST_BOXES)
     ratio = (pills[["w", "h"]].max(axis=1) / median.reindex(pd.MultiIndex.from_arrays([pills.k_code, pills.kind.astype(str)])).to_numpy(float)).fillna(1.0)

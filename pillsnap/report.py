@@ -6,7 +6,7 @@
 __all__ = ['STATIC', 'FOOTER', 'own_cells', 'report_cells', 'find_error', 'describe_notebook', 'badge', 'gate_badges',
            'error_box', 'fill_page', 'render_report', 'index_row', 'write_index']
 
-# %% ../nbs/00e_report.ipynb #1c726b64
+# %% ../nbs/00e_report.ipynb #fa9803f4
 import html
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import nbformat
 from nbconvert import HTMLExporter
 
-from .core import AT_MOST, atomic_path, read_json
+from .core import AT_MOST, atomic_path, hide_secrets, read_json
 
 # %% ../nbs/00e_report.ipynb #e3343082
 def own_cells(nb: Any) -> list[Any]:
@@ -88,7 +88,7 @@ def fill_page(title: str, heading: str, meta: str, badges: str, error: str, body
 
 FOOTER = "PillSnap is a research tool, not a medical device. A number on this page was measured in this run; what was not measured says so."
 
-# %% ../nbs/00e_report.ipynb #9291c2c7
+# %% ../nbs/00e_report.ipynb #6f6136b8
 def render_report(
     notebook: Path,  # an executed notebook
     key: str,  # the stage's name: stage_3, stage_0-pushin
@@ -107,7 +107,7 @@ def render_report(
     page = fill_page(f"{about['title']} – {key}", html.escape(about["title"]), f"{html.escape(about['subtitle'])}<br>{meta}", f"{done} {gate_badges(metrics or {})}",
                      error_box(about["error"]), body, f'<a href="../index.html">all reports</a> · {FOOTER}')
     with atomic_path(notebook.with_suffix(".html")) as part:
-        part.write_text(page, "utf-8")
+        part.write_text(hide_secrets(page), "utf-8")
     return notebook.with_suffix(".html")
 
 # %% ../nbs/00e_report.ipynb #562fb553

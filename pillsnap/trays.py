@@ -8,7 +8,7 @@ __all__ = ['PHOTO_FIELDS', 'FIELDS', 'INCOMPLETE', 'GROWN', 'PLAUSIBLE', 'count_
            'describe_set', 'verify_boxes', 'code_failures', 'box_failures', 'manifest_images', 'draw_boxes',
            'copy_photos', 'export_yolo', 'export_coco']
 
-# %% ../nbs/03cb_trays.ipynb #07ddfc00
+# %% ../nbs/03cb_trays.ipynb #4864651c
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 from .aihub import NAME, box_problem, image_paths, pill_source, read_photo
 from .boxes import iou, shrink
-from .core import PillSnapError, atomic_folder, content_hash, suggest, write_json
+from .core import PillSnapError, atomic_folder, content_hash, suggest, watch_space, write_json
 from .cutouts import fill_box
 from .manifest import PLACE, Manifest
 from .viz import image_grid
@@ -91,7 +91,7 @@ def add_composed(
             for row in composed.itertuples() for box in (row.boxes if len(row.boxes) else [(0, 0, 0, 0)])]
     return pd.concat([pills, pd.DataFrame(rows, columns=FIELDS)] if rows else [pills], ignore_index=True), [*roots, Path(folder)]
 
-# %% ../nbs/03cb_trays.ipynb #de08b094
+# %% ../nbs/03cb_trays.ipynb #d50f9f8d
 def write_yolo_set(
     pills: pd.DataFrame,  # columns FIELDS; `split` says where each photo goes
     roots: Sequence[Path],
@@ -106,12 +106,15 @@ def write_yolo_set(
     table = pills.groupby(PHOTO_FIELDS, sort=True)
     photos = [(f"{number:06d}", key, rows[["x", "y", "w", "h"]].to_numpy(float)) for number, (key, rows) in enumerate(table)]
     splits = sorted({"train", "val", *pills.split})
+    written, look = [], watch_space(folder, "the detector's set")
     with atomic_folder(folder) as part:
         for kind in ("images", "labels"):
             for split in splits:
                 (part / kind / split).mkdir(parents=True)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            written = list(pool.map(lambda photo: write_picture(part, photo, roots, size, ending, skip_unreadable), photos))
+            for label in pool.map(lambda photo: write_picture(part, photo, roots, size, ending, skip_unreadable), photos):
+                written.append(label)
+                look()
         (part / "data.yaml").write_text(yaml.safe_dump({**{split: f"images/{split}" for split in splits}, "names": ["pill"]}, sort_keys=False), "utf-8")
         return describe_set(part, photos, written, size)
 

@@ -12,7 +12,7 @@ __all__ = ['CHOICES', 'LEAST', 'PNG_FAST', 'Planted', 'DEFECTS', 'KOREAN', 'SMOK
            'ship_file', 'Cp949Entry', 'pack_folder', 'ship', 'finish_tree', 'synthesise', 'ensure_synthetic',
            'fresh_trays']
 
-# %% ../nbs/00da_trees.ipynb #8a397b2d
+# %% ../nbs/00da_trees.ipynb #27b15232
 import csv
 import json
 import os
@@ -30,7 +30,7 @@ import cv2
 import numpy as np
 
 from . import synthetic
-from .core import PillSnapError, Settings, content_hash, lock
+from .core import PillSnapError, Settings, content_hash, lock, watch_space
 from .synthetic import GRID, Look, arrange_trays, capture_stem, make_label, make_looks, photo_single, photo_tray, pick_views
 
 # %% ../nbs/00da_trees.ipynb #fadb7d02
@@ -481,7 +481,7 @@ def finish_tree(root: Path, spec: SynthSpec) -> None:
     ship(root, spec)
     (root / "synth.txt").write_text(command_line(spec) + "\n", "utf-8")
 
-# %% ../nbs/00da_trees.ipynb #21c0a7b1
+# %% ../nbs/00da_trees.ipynb #1c84c212
 def synthesise(
     out: Path,  # a new folder
     spec: SynthSpec = SynthSpec(),
@@ -494,11 +494,12 @@ def synthesise(
     part, start = out.with_name(f".{out.name}.{os.getpid()}.part"), time.perf_counter()
     shutil.rmtree(part, ignore_errors=True)
     try:
-        photos = 0
+        photos, look = 0, watch_space(out, "drawing")
         with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-            for done in [pool.submit(job) for job in drawing_jobs(spec, part / "data")]:
-                photos += done.result()
-                on_progress(done.result())
+            for made in pool.map(lambda job: job(), list(drawing_jobs(spec, part / "data"))):
+                photos += made
+                on_progress(made)
+                look()
         finish_tree(part, spec)
         if out.exists():
             out.rmdir()

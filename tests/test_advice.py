@@ -1,9 +1,11 @@
-"""After a stage, from the command line: the decision as an exit status and a file, the way on for a person who decides otherwise, suspects that a manifest leaves out, a final test that is read once, and the bundle that serves."""
+"""After a stage, from the command line: the decision as an exit status and a file, the way on for a person who decides otherwise, suspects that a manifest leaves out, a final test that is read once, the bundle that serves, and its release."""
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
+import zipfile
 
 import pandas as pd
 import pytest
@@ -145,3 +147,22 @@ def test_a_network_that_answers_otherwise_is_not_published(done, monkeypatch):
     with pytest.raises(PillSnapError, match="nothing was published: .*logit_mse"):
         export.export_run(run, Parameters(Stage(**read_json(run / "run.json")["stage"]), [], settings, {"level": "smoke"}))
     assert before == (os.readlink(folder / "work/bundles/latest"), sorted(path.name for path in (folder / "work/bundles").iterdir()))
+
+
+def test_a_release_is_an_archive_that_serves(done, tree, tmp_path):
+    "Packed and unpacked: what is in the archive answers from the command line, and its checksums hold."
+    folder, call, given, _ = done
+    bundle = (folder / "work/bundles/latest").resolve()
+    made = call("release", "--out", str(tmp_path / "out"), "--allow-changes")
+    assert made.returncode == 0 and "show photos of the data" in made.stderr, made.stderr
+    [archive] = (tmp_path / "out").iterdir()
+    assert str(archive) in made.stdout and archive.name.startswith(f"pillsnap-stage_0-tiny-{time.strftime('%Y%m', time.gmtime())}")
+    with zipfile.ZipFile(archive) as packed:
+        packed.extractall(tmp_path)
+    unpacked = tmp_path / archive.stem
+    assert subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=unpacked).returncode == 0
+    assert {"05_evaluate.html", "06_export.html", "metrics.json"} <= {path.name for path in (unpacked / "reports").iterdir()} and str(tree) not in (unpacked / "settings/run.json").read_text("utf-8")
+    told = call("identify", str(next(tree.rglob("*single*/*/*.png"))), "--bundle", str(unpacked / "bundle"), "--json")
+    assert told.returncode == 0 and json.loads(told.stdout)[0]["bundle"] in bundle.name
+    again = call("release", "--out", str(tmp_path / "out"), "--allow-changes")
+    assert again.returncode == 1 and "is there already" in again.stderr

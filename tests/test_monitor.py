@@ -119,7 +119,42 @@ def test_a_killed_training_is_shown_as_gone(plan, tree, browser, tmp_path):
         launched.process.wait()
         begun = time.monotonic()
         browser.wait("document.getElementById('state').textContent.includes('ended without a word')", 15)
-        assert time.monotonic() - begun < 5 and browser.complaints == []
+        assert time.monotonic() - begun < 5
+        browser.wait("!document.getElementById('failure').hidden")
+        told = browser.run("document.getElementById('failure').textContent")
+        assert "Likely cause" in told and f"--resume {run}" in told and browser.complaints == []
+
+
+@needs_browser
+def test_search_pause_and_a_run_beside_another(tmp_path, browser):
+    "A word far up is found and stays in view while more arrives; another run's curves and gates stand beside this one's."
+    log = tmp_path / "long.log"
+    log.write_text("".join(f"line {i}\n" + "the needle\n" * (i == 700) for i in range(3000)))
+    for name, top1 in (("r1", 0.5), ("r2", 0.75)):
+        run = tmp_path / f"runs/stage_0/{name}"
+        write_json(run / "run.json", {"key": "stage_0", "created": f"2026-01-0{name[1]}", "device": "cpu", "parameters": {}, "stage": {"strategy": "classifier", "epochs": 1, "detector_epochs": 1}})
+        append_event(run, "epoch", epoch=1, train_loss=1.0, val_loss=1.0, val_top1=top1, val_macro_f1=top1, seconds=1.0)
+        append_event(run, "end")
+        write_json(run / "metrics/evaluate.json", {"gates": [{"name": "test_top1", "value": top1, "target": 0.6, "passed": top1 > 0.6}]})
+        write_json(run / "stage_0_evaluation.json", {"recommendations": "PROCEED", "confidence": 0.9, "reasons": ["every gate is passed"], "next_stage_config": {"commands": ["pillsnap run manifest --stage 1"]}})
+    with run_beside(make_monitor(Watch(Sources(tmp_path, (log,)), first="long.log"))) as url:
+        browser.open(f"{url}/")
+        browser.wait(f"({TEXT}).includes('line 2999')")
+        browser.run("document.getElementById('search').value = 'needle'; document.getElementById('next').click()")
+        assert browser.run("terminal.getSelection()") == "needle" and browser.run("document.getElementById('follow').textContent") == "Paused"
+        seen = browser.run("terminal.buffer.active.viewportY")
+        with open(log, "a") as file:
+            file.write("something new\n" * 50)
+        browser.wait(f"({TEXT}).includes('something new')")
+        assert browser.run("terminal.buffer.active.viewportY") == seen < 700 < browser.run("terminal.buffer.active.baseY")
+        browser.run("document.getElementById('follow').click()")
+        browser.wait("terminal.buffer.active.viewportY === terminal.buffer.active.baseY")
+        for which, name in (("source", "r2"), ("beside", "r1")):
+            browser.run(f"document.getElementById('{which}').value = 'stage_0/{name}'; document.getElementById('{which}').onchange()")
+            browser.wait("state.run && state.run.run === 'r2'" if which == "source" else "state.beside && state.beside.run === 'r1'")
+        assert "0.75" in (gates := browser.run("document.getElementById('gates').textContent")) and "beside: r1" in gates and "0.5" in gates
+        assert "val_top1 0.75, beside 0.5" in browser.run("document.getElementById('curves').textContent") and "pillsnap run manifest --stage 1" in browser.run("document.getElementById('advice').textContent")
+        assert browser.complaints == []
 
 
 def test_viewers_come_back_without_loss_and_see_a_new_file(tmp_path):

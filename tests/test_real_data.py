@@ -35,7 +35,7 @@ import yaml
 from hypothesis import HealthCheck, Phase, assume, example, given, settings as fuzz, strategies as st
 from PIL import Image
 
-from pillsnap import files, index, inspection
+from pillsnap import core, files, index, inspection
 from pillsnap.aihub import K_CODE, Label, label_sources, parse_name, photo_sources, read_label, read_photo
 from pillsnap.classifier import load_classifier
 from pillsnap.core import PillSnapError, content_hash, get_stage, load_settings
@@ -1006,11 +1006,13 @@ class TestFullDisk:
             (disk / "filler").unlink()
             assert len(ensure_index([root], settings).tables.images) == 254
 
-    def test_a_full_disk_keeps_what_was_inspected(self, many, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("fullest, error", [(0.85, "reading labels writes no further: .*free space"), (2.0, "no space left for .*free space")], ids=["past 85 percent", "no room at all"])
+    def test_a_full_disk_keeps_what_was_inspected(self, many, tmp_path, monkeypatch, fullest, error):
         keep_often(monkeypatch, 100)
+        monkeypatch.setattr(core, "FULLEST", fullest)
         tables = build_index([many]).tables
         with small_disk(tmp_path / "disk", "size=192k") as disk:
-            with pytest.raises(PillSnapError, match="no space left for .*free space") as e:
+            with pytest.raises(PillSnapError, match=error) as e:
                 inspect(tables, [many], photos=np.array([], int), store=disk / "store")
             assert str(disk / "store") in str(e.value)
             kept = len(Store(disk / "store/labels").load(LABEL_RESULT))

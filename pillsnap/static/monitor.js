@@ -2,7 +2,7 @@
 
 const at = (id) => document.getElementById(id);
 const COLOURS = ["#3b6fb6", "#e08a1e", "#2f9e6e", "#b5489a"];
-const state = { source: "", offset: 0, socket: null, run: null, machine: null, following: true, wait: 500, heard: 0, toldAt: 0 };
+const state = { source: "", offset: 0, socket: null, run: null, beside: null, machine: null, following: true, wait: 500, heard: 0, toldAt: 0 };
 
 function make(tag, properties = {}, ...children) {
   const made = Object.assign(document.createElement(tag), properties);
@@ -76,7 +76,7 @@ function tellModel(name, model) {
 
 function showFacts() {
   const facts = [], run = state.run, machine = state.machine;
-  if (run) facts.push(...tellModel("classifier", run.classifier), ...tellModel("detector", run.detector), ["device", run.device || "not known"], ["last word", run.age_s === null ? "none yet" : `${span(run.age_s + (Date.now() - state.toldAt) / 1000)} ago`], ["advice", run.advice || "not evaluated"]);
+  if (run) facts.push(...tellModel("classifier", run.classifier), ...tellModel("detector", run.detector), ["device", run.device || "not known"], ["last word", run.age_s === null ? "none yet" : `${span(run.age_s + (Date.now() - state.toldAt) / 1000)} ago`], ["advice", run.advice ? run.advice.decision : "not evaluated"]);
   if (machine && machine.error) facts.push(["machine", `not measured: ${machine.error}`]);
   if (machine && machine.memory_gb) {
     facts.push(["processor", machine.cpu === null ? "not measured yet" : `${number(machine.cpu)} % of ${machine.cores} cores`], ["memory", `${machine.memory_gb[0]} of ${machine.memory_gb[1]} GB`], ["disk", `${machine.disk_gb[0]} of ${machine.disk_gb[1]} GB`]);
@@ -85,9 +85,11 @@ function showFacts() {
   at("facts").replaceChildren(...facts.map(([name, value]) => make("div", {}, make("dt", { textContent: name }), make("dd", { textContent: value }))));
 }
 
-function plot(title, rows, names, x = "epoch") {
+const pick = (rows, names) => names.map((name) => rows.filter((row) => Number.isFinite(row[name])).map((row) => [row.epoch, row[name]]));
+
+function plot(title, rows, names, others = []) {
   const width = 320, height = 130, left = 40, bottom = 18, figure = make("figure", {}, make("figcaption", { textContent: title }));
-  const lines = names.map((name) => rows.filter((row) => Number.isFinite(row[name])).map((row) => [row[x], row[name]])), points = lines.flat();
+  const lines = pick(rows, names), dashed = pick(others, names), points = [...lines, ...dashed].flat();
   if (!points.length) return make("figure", {}, make("figcaption", { textContent: title }), make("p", { className: "none", textContent: "not measured yet" }));
   const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${title}: ${names.join(", ")}` }, figure);
   const xs = points.map(([value]) => value), ys = points.map(([, value]) => value);
@@ -98,6 +100,7 @@ function plot(title, rows, names, x = "epoch") {
     draw("text", { x: left - 4, y: py(value) + 3, "text-anchor": "end", class: "tick" }, svg, number(value, 2));
   }
   for (const value of [x0, x1]) draw("text", { x: px(value), y: height - 4, "text-anchor": "middle", class: "tick" }, svg, String(value));
+  dashed.forEach((line, i) => draw("polyline", { points: line.map(([a, b]) => `${px(a)},${py(b)}`).join(" "), fill: "none", stroke: COLOURS[i], "stroke-width": 1.4, "stroke-dasharray": "4 3", opacity: 0.75 }, svg));
   lines.forEach((line, i) => {
     draw("polyline", { points: line.map(([a, b]) => `${px(a)},${py(b)}`).join(" "), fill: "none", stroke: COLOURS[i], "stroke-width": 1.8 }, svg);
     if (line.length === 1) draw("circle", { cx: px(line[0][0]), cy: py(line[0][1]), r: 2.5, fill: COLOURS[i] }, svg);
@@ -106,17 +109,22 @@ function plot(title, rows, names, x = "epoch") {
   names.forEach((name, i) => {
     const mark = make("i");
     mark.style.background = COLOURS[i];
-    const last = lines[i][lines[i].length - 1];
-    legend.append(make("span", {}, mark, `${name} ${last ? number(last[1]) : "not measured"}`));
+    const last = lines[i][lines[i].length - 1], other = dashed[i][dashed[i].length - 1];
+    legend.append(make("span", {}, mark, `${name} ${last ? number(last[1]) : "not measured"}${other ? `, beside ${number(other[1])}` : ""}`));
   });
   figure.append(legend);
   return figure;
 }
 
+const CURVES = { classifier: [["Classifier: loss", "train_loss", "val_loss"], ["Classifier: validation", "val_top1", "val_macro_f1"], ["Classifier: size and batch", "size", "batch"], ["Classifier: images a second", "images_per_s"]],
+  detector: [["Detector: loss", "train_box_loss", "train_cls_loss", "train_dfl_loss"], ["Detector: validation", "val_map50", "val_map50_95"], ["Detector: images a second", "images_per_s"]] };
+
 function showCurves() {
-  const { classifier, detector } = state.run, figures = [];
-  if (classifier) figures.push(plot("Classifier: loss", classifier.curve, ["train_loss", "val_loss"]), plot("Classifier: validation", classifier.curve, ["val_top1", "val_macro_f1"]), plot("Classifier: size and batch", classifier.curve, ["size", "batch"]), plot("Classifier: images a second", classifier.curve, ["images_per_s"]));
-  if (detector) figures.push(plot("Detector: loss", detector.curve, ["train_box_loss", "train_cls_loss", "train_dfl_loss"]), plot("Detector: validation", detector.curve, ["val_map50", "val_map50_95"]), plot("Detector: images a second", detector.curve, ["images_per_s"]));
+  const figures = [], curve = (run, model) => (run && run[model] ? run[model].curve : []);
+  for (const [model, plots] of Object.entries(CURVES)) {
+    if (!state.run[model] && !(state.beside && state.beside[model])) continue;
+    for (const [title, ...names] of plots) figures.push(plot(title, curve(state.run, model), names, curve(state.beside, model)));
+  }
   at("curves").replaceChildren(...figures);
 }
 
@@ -130,8 +138,23 @@ function showRun() {
   words.textContent = run.stalled ? `${run.stage}/${run.run}: running, but silent for ${span(run.age_s)}` : `${run.stage}/${run.run}: ${run.state}`;
   words.className = `state ${run.stalled ? "stalled" : run.alive ? "running" : run.state === "complete" ? "" : "failed"}`;
   showCurves();
-  at("gates").replaceChildren(table(["gate", "value", "target", ""], run.gates.map((gate) => [gate.name, gate.value === null ? "not measured" : number(gate.value, 5), number(gate.target, 5), gate.passed === null ? "not measured" : gate.passed ? "passed" : "FAILED"]), "not evaluated yet"));
+  showFailure(run.failure);
+  showAdvice(run.advice);
+  const other = state.beside, others = Object.fromEntries((other ? other.gates : []).map((gate) => [gate.name, gate.value])), told = (value) => (value === null || value === undefined ? "not measured" : number(value, 5));
+  at("gates").replaceChildren(table(["gate", "value", ...(other ? [`beside: ${other.run}`] : []), "target", ""], run.gates.map((gate) => [gate.name, told(gate.value), ...(other ? [told(others[gate.name])] : []), number(gate.target, 5), gate.passed === null ? "not measured" : gate.passed ? "passed" : "FAILED"]), "not evaluated yet"));
   at("events").replaceChildren(table(["after", "event", "what"], run.events.map((event) => [event.at, event.event, event.what]), "nothing yet"));
+}
+
+function showFailure(failure) {
+  at("failure").hidden = !failure;
+  if (!failure) return;
+  const line = (name, ...children) => make("p", {}, make("strong", { textContent: `${name}: ` }), ...children);
+  at("failure").replaceChildren(line("Likely cause", failure.cause), ...failure.facts.map((fact) => make("p", { className: "soft", textContent: fact })), line("Remedy", failure.remedy), line("To go on", make("code", { textContent: failure.go_on })));
+}
+
+function showAdvice(advice) {
+  if (!advice) return at("advice").replaceChildren(make("p", { className: "none", textContent: "not evaluated yet" }));
+  at("advice").replaceChildren(make("p", {}, make("span", { className: `decision ${advice.decision}`, textContent: advice.decision }), ` (confidence ${number(advice.confidence, 2)}); the person decides`), ...advice.reasons.map((reason) => make("p", { textContent: reason })), ...advice.commands.map((command) => make("p", {}, make("code", { textContent: command }))));
 }
 
 // ---- the line
@@ -163,7 +186,12 @@ function forgetRun() {
   state.run = null;
   at("state").textContent = "–";
   at("state").className = "state";
-  for (const id of ["curves", "gates", "events"]) at(id).replaceChildren();
+  at("failure").hidden = true;
+  for (const id of ["curves", "gates", "events", "advice"]) at(id).replaceChildren();
+}
+
+function compare() {
+  if (state.socket && state.socket.readyState === 1) state.socket.send(`beside ${at("beside").value}`);
 }
 
 function hear(data) {
@@ -174,10 +202,14 @@ function hear(data) {
     state.wait = 500;
     state.source = told.source;
     at("source").replaceChildren(...told.sources.map((one) => make("option", { value: one.name, textContent: `${one.name} · ${one.state}`, selected: one.name === told.source })));
+    const chosen = at("beside").value, runs = told.sources.filter((one) => one.run && one.name !== told.source);
+    at("beside").replaceChildren(make("option", { value: "", textContent: "nothing" }), ...runs.map((one) => make("option", { value: one.name, textContent: `${one.name} · ${one.state}`, selected: one.name === chosen })));
+    compare();
     const run = told.sources.some((one) => one.name === told.source && one.run);
     if (!run) { forgetRun(); at("state").textContent = told.source || "nothing to watch yet"; }
   }
   if (told.type === "run") { state.run = told; state.toldAt = Date.now(); showRun(); }
+  if (told.type === "beside") { state.beside = told.run ? told : null; if (state.run) showRun(); }
   if (told.type === "error") { forgetRun(); at("state").textContent = told.message; at("state").className = "state failed"; }
   if (told.type === "machine") state.machine = told;
   showFacts();
@@ -197,6 +229,7 @@ function start() {
   at("search").onkeydown = (event) => { if (event.key === "Enter") { event.preventDefault(); find(event.shiftKey); } };
   at("next").onclick = () => find(false);
   at("previous").onclick = () => find(true);
+  at("beside").onchange = compare;
   at("source").onchange = () => open(at("source").value, 0);
   at("key-row").onsubmit = (event) => { event.preventDefault(); sessionStorage.setItem("monitor-key", at("key").value.trim()); open(state.source, state.offset); };
   setInterval(() => { if (state.socket && state.socket.readyState === 1 && Date.now() - state.heard > 5000) tellLine("silent", "gone"); if (state.socket && state.socket.readyState === 1 && Date.now() - state.heard > 12000) open(state.source, state.offset); showFacts(); }, 1000);
