@@ -244,8 +244,9 @@ def test_what_a_run_says_is_what_its_files_say(tmp_path):
     write_json(run / "run.json", {"key": "stage_0", "created": "2026-01-01", "device": "cpu", "stage": {"strategy": "classifier", "epochs": 3, "detector_epochs": 2}})
     told = tell_run(run)
     assert told["state"] == "never started" and told["age_s"] is None and told["detector"] is None and told["classifier"]["curve"] == [] and told["classifier"]["left_s"] is None
-    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", str(run)])
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; print('ready', flush=True); time.sleep(60)", str(run)], stdout=subprocess.PIPE, text=True)
     try:
+        assert sleeper.stdout.readline() == "ready\n"  # for a moment after its start a process has no command line
         append_event(run, "launched", pid=sleeper.pid)
         lines = (run / "events.jsonl").read_text().replace(read_events(run)[0]["time"], "2026-01-01T00:00:00.000+00:00")
         (run / "events.jsonl").write_text(lines + '{"time": "half a li')
