@@ -21,8 +21,10 @@ from typing import Any
 
 import pandas as pd
 
-from .core import AT_MOST, STAGES, PillSnapError, Settings, Stage, append_event, is_alive, list_runs, parse_overrides, read_events, read_json, read_metrics, run_state, write_json
+from .core import AT_MOST, STAGES, PillSnapError, Settings, Stage, parse_overrides
+from .disk import read_json, write_json
 from .records import as_command, epoch_table, resume_command, tell_state
+from .runs import all_runs, append_event, is_alive, list_runs, read_events, read_metrics, run_state
 
 # %% ../nbs/04e_advise.ipynb #4051a6af
 SHARE = 0.7  # of a target that still is worth optimising
@@ -302,15 +304,15 @@ def option_table(advice: Advice) -> pd.DataFrame | str:  # index: field
 # %% ../nbs/04e_advise.ipynb #00c9499b
 def advice_history(settings: Settings) -> pd.DataFrame:  # columns time, stage, run, decision, confidence, why; oldest first
     "List every advice that was given."
-    rows = [{"time": e["time"][:16].replace("T", " "), "stage": path.parent.parent.name, "run": path.parent.name, "decision": e["decision"], "confidence": e["confidence"], "why": e["reasons"][0] if e["reasons"] else ""}
-            for path in (settings.work / "runs").glob("*/*/run.json") for e in read_events(path.parent, "advice")]
+    rows = [{"time": e["time"][:16].replace("T", " "), "stage": run.parent.name, "run": run.name, "decision": e["decision"], "confidence": e["confidence"], "why": e["reasons"][0] if e["reasons"] else ""}
+            for run in all_runs(settings.work) for e in read_events(run, "advice")]
     return pd.DataFrame(rows, columns=["time", "stage", "run", "decision", "confidence", "why"]).sort_values("time", ignore_index=True)
 
 
 def stage_progress(settings: Settings) -> pd.DataFrame:  # index: stage, those of the table and those with runs
     "Tell how far each stage is."
     keys = [f"stage_{name}" for name in STAGES]
-    others = sorted({path.parent.parent.name for path in (settings.work / "runs").glob("*/*/run.json")} - set(keys))
+    others = sorted({run.parent.name for run in all_runs(settings.work)} - set(keys))
     history, rows = advice_history(settings), {}
     for key in [*keys, *others]:
         runs, said = list_runs(settings, key), history[history.stage == key].drop_duplicates("run", keep="last")

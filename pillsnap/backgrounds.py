@@ -19,9 +19,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .core import PillSnapError, atomic_folder, content_hash, count_workers, read_json, show_work, write_json
+from .core import PillSnapError, count_workers
 from .cutouts import SEARCH, Box, Limits, clean_edge, cut_room, find_judged, holds_box, soften
 from .data import Cache, Photos
+from .disk import atomic_folder, content_hash, read_json, show_work, write_json
 from .grounds import DRAWN, draw_ground
 from .preprocess import cut_square
 from .viz import image_grid

@@ -24,8 +24,9 @@ import numpy as np
 import pandas as pd
 
 from .bench_detector import TRAIN_SESSION, split_photos
-from .core import SILENT, Parameters, PillSnapError, Settings, Stage, get_stage, list_runs, read_json, read_metrics, run_state, write_json
+from .core import SILENT, Parameters, PillSnapError, Settings, Stage, get_stage
 from .detector import load_detector
+from .disk import read_json, write_json
 from .evaluate import evaluate_run
 from .forecast import bootstrap_both, forecast_phone
 from .index import ensure_index
@@ -35,6 +36,7 @@ from .manifest import Manifest, ensure_manifest, load_manifest, tabulate_pills
 from .phones import PhoneSpec, ensure_phone_photos
 from .pipeline import draw_fresh, run_detector
 from .predictions import Evaluated, open_run, with_judge
+from .runs import list_runs, read_metrics, run_state
 from .scores import detection_metrics, share, tidy
 from .timing import Bench, Section
 from .train import classifier_pills, fit, prepare_run

@@ -27,13 +27,15 @@ import pandas as pd
 
 from .aihub import image_paths, pill_source, read_photo
 from .compose import Composer, ComposeSettings, make_composer, write_trays
-from .core import PillSnapError, Stage, get_stage, read_events, read_json, write_json
+from .core import PillSnapError, Stage, get_stage
 from .cutouts import ensure_bank
 from .detector import Detector, build_network, import_ultralytics, keep_threads, plan_detector, start_from, train_detector, trainer_settings
+from .disk import read_json, write_json
 from .index import build_index
 from .inspection import inspect
 from .manifest import PLACE, make_manifest, unit_hash
 from .records import detector_epochs
+from .runs import read_events
 from .scores import average_precision, detection_metrics, draw_clusters, rank_boxes
 from .timing import Bench, Section
 from .trays import FIELDS, add_composed, detector_pills, write_yolo_set

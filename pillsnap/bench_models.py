@@ -22,7 +22,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from .core import STAGES, Parameters, PillSnapError, Settings, get_stage, pick_device, read_json
+from .core import STAGES, Parameters, PillSnapError, Settings, get_stage, pick_device
+from .disk import read_json
 
 import cv2
 import numpy as np

@@ -30,7 +30,8 @@ from fastapi import FastAPI, UploadFile
 from PIL import Image
 
 from .bundle import Bundle, open_bundle
-from .core import PillSnapError, read_json
+from .core import PillSnapError, end_process
+from .disk import read_json
 from .timing import Bench, Pair, Section, by_turns, pair_up
 
 # %% ../nbs/08g_bench_service.ipynb #e599cd5c
@@ -148,12 +149,7 @@ def start_server(code: str, words: Sequence[str], log: Path, cwd: Path) -> Itera
     try:
         yield partial(wait_for_port, process, log)
     finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        end_process(process, 20)
 
 # %% ../nbs/08g_bench_service.ipynb #f38db105
 def wait_for_port(process: subprocess.Popen, log: Path) -> int:

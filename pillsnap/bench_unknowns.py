@@ -22,7 +22,8 @@ from .aihub import pill_source, read_photo
 from .bench_accuracy import collect, measure_once, plan_in, say, take_run, tell_missing
 from .bench_detector import read_pills
 from .calibration import coverage_at, coverage_curve
-from .core import Parameters, Settings, Stage, read_json
+from .core import Parameters, Settings, Stage
+from .disk import read_json
 from .index import ensure_index
 from .inspection import inspect
 from .judge import Hint, Judge, enrol_drug, weigh

@@ -20,9 +20,10 @@ import numpy as np
 import pandas as pd
 import psutil
 
-from .core import Parameters, get_stage, load_settings, read_events
+from .core import Parameters, get_stage, load_settings
 from .index import ensure_index
 from .manifest import ensure_manifest
+from .runs import read_events
 from .timing import Bench, Pair, Section
 from .train import launch, prepare_run
 from .trees import SynthSpec, synthesise

@@ -21,7 +21,9 @@ import pandas as pd
 from IPython.display import HTML
 from matplotlib.figure import Figure
 
-from .core import Parameters, PillSnapError, atomic_path, git_state, hide_secrets, show_work, suggest, write_json
+from .core import Parameters, PillSnapError, suggest
+from .disk import atomic_path, show_work, write_json
+from .runs import git_state, hide_secrets
 from .timing import Bench, Pair, Section, describe_machine, in_own_process, pair_table, time_of_others
 from .viz import SPLIT_COLOURS, new_figure
 

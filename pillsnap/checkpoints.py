@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from .core import PillSnapError, atomic_path
+from .core import PillSnapError
+from .disk import atomic_path
 
 # %% ../nbs/03cc_checkpoints.ipynb #d3382565
 def write_checkpoint(

@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from sklearn.metrics import f1_score
 from torch import nn
 
-from .core import PillSnapError, Stage, atomic_path, hold_memory, suggest
+from .core import PillSnapError, Stage, hold_memory, suggest
+from .disk import atomic_path
 from .preprocess import Preprocess
 
 # %% ../nbs/03c_classifier.ipynb #89819734

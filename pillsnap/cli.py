@@ -7,9 +7,9 @@ __all__ = ['NOTEBOOKS', 'OF_RUN', 'TERMINAL', 'AGAIN', 'DECIDED', 'app', 'StageO
            'FIGURES', 'BundleOption', 'KeysOption', 'keys_app', 'notebook_parameters', 'choose_notebook',
            'check_request', 'show_progress', 'show_event', 'forward_signals', 'launched_since', 'tensorboard_beside',
            'execute', 'clean_file', 'report_run', 'publish', 'absolute_fields', 'absolute_paths', 'read_ahead',
-           'run_notebook', 'tell_error', 'link_terminal', 'monitor_beside', 'end_with_parent', 'run_watched',
+           'run_notebook', 'error_lines', 'link_terminal', 'monitor_beside', 'end_with_parent', 'run_watched',
            'show_advice', 'run', 'synth', 'index', 'show_index', 'save_problems', 'doctor', 'show_diagnosis',
-           'lay_table', 'progress', 'find_folder', 'tell_run', 'do_steps', 'bundle_folder', 'keys_file',
+           'lay_table', 'progress', 'find_folder', 'run_lines', 'do_steps', 'bundle_folder', 'keys_file',
            'identify_photos', 'read_region', 'tell_answer', 'serve', 'add_a_key', 'list_keys', 'remove_a_key',
            'reload_service', 'monitor', 'start_daemon', 'watch_command', 'clean', 'show_old', 'release_bundle',
            'report', 'main']
@@ -31,8 +31,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .core import (FILES, Parameters, PillSnapError, Settings, Stage, atomic_path, data_roots, epoch_line, find_run, get_stage, list_runs, load_settings, open_roots, read_events, read_json, read_metrics,
-                           split_words, stale_modules, suggest, tail_events, write_json)
+from .core import FILES, Parameters, PillSnapError, Settings, Stage, data_roots, end_process, get_stage, load_settings, open_roots, split_words, stale_modules, suggest
+from .disk import atomic_path, read_json, write_json
+from .runs import all_runs, epoch_line, find_run, list_runs, read_events, read_metrics, tail_events
 
 # %% ../nbs/10_cli.ipynb #71d2725a
 NOTEBOOKS = {"explore": "01_explore", "manifest": "02_manifest", "compose": "03b_compose", "train": "04_train", "evaluate": "05_evaluate", "labels": "05b_labels", "export": "06_export", "benchmark": "09_benchmark"}
@@ -157,18 +158,14 @@ def tensorboard_beside(folder: Path, wanted: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        server.terminate()
-        try:
-            server.wait(10)
-        except subprocess.TimeoutExpired:
-            server.kill()
+        end_process(server, 10)
 
 # %% ../nbs/10_cli.ipynb #e35a932c
 def execute(notebook: Path, out: Path, parameters: dict[str, Any], find: Callable[[], Path | None] | None, project: Path) -> str:  # "" or the error's text
     "Execute a notebook with papermill, showing the progress of a training."
     import papermill
 
-    from pillsnap.core import training_pid
+    from pillsnap.runs import training_pid
 
     out.parent.mkdir(parents=True, exist_ok=True)
     done = threading.Event()
@@ -190,7 +187,7 @@ def execute(notebook: Path, out: Path, parameters: dict[str, Any], find: Callabl
 # %% ../nbs/10_cli.ipynb #3fd9ae92
 def clean_file(path: Path) -> None:
     "Take the environment's secrets out of an executed notebook, if it is there and has one."
-    from pillsnap.core import hide_in
+    from pillsnap.runs import hide_in
 
     if path.exists() and (cleaned := hide_in(found := read_json(path))) != found:
         write_json(path, cleaned)
@@ -272,7 +269,7 @@ def run_notebook(name: str, given: dict[str, Any], tensorboard: bool = False, ex
     run = None if error else report_run(notebook, settings, stage.key, given)
     print(f"{publish(out, stage.key, settings, run)}  ({time.perf_counter() - start:.0f} s)", flush=True)
     if error:
-        print("\n".join(tell_error(error, find() if find else None)), file=sys.stderr)
+        print("\n".join(error_lines(error, find() if find else None)), file=sys.stderr)
         return 1
     if notebook.stem != NOTEBOOKS["evaluate"]:
         return 0
@@ -280,12 +277,12 @@ def run_notebook(name: str, given: dict[str, Any], tensorboard: bool = False, ex
     return DECIDED[decision] if exit_code else 0
 
 # %% ../nbs/10_cli.ipynb #e0b8b4aa
-def tell_error(error: str, run: Path | None) -> list[str]:  # lines
+def error_lines(error: str, run: Path | None) -> list[str]:  # lines
     "Say why a notebook failed."
-    from pillsnap.core import hide_secrets
-    from pillsnap.failures import find_cause, tell_failure
+    from pillsnap.runs import hide_secrets
+    from pillsnap.failures import find_cause, failure_lines
 
-    if run and (screen := tell_failure(run)):
+    if run and (screen := failure_lines(run)):
         return [f"pillsnap: {error.splitlines()[0]}", "", *screen]
     cause = find_cause(error)
     known = cause and re.match(r"\w*(Error|Exception)\w*: ", error)  # of another library: ours say their own remedy
@@ -318,8 +315,7 @@ def monitor_beside(log: Path, port: int) -> Iterator[None]:
         yield
         time.sleep(1)  # the last lines are still on their way to the viewers
     finally:
-        server.terminate()
-        server.wait()
+        end_process(server, 10)
         if not said.stat().st_size:
             said.unlink()
 
@@ -555,7 +551,7 @@ def progress(
     if run and next:
         raise PillSnapError("--next goes on with the stages, not with one run: its own command is printed without --next")
     if run:
-        print(*tell_run(find_folder(run)), sep="\n")
+        print(*run_lines(find_folder(run)), sep="\n")
         return
     from rich.console import Console
 
@@ -584,7 +580,7 @@ def find_folder(run: str) -> Path:
 
     if (Path(run).expanduser() / "run.json").exists():
         return Path(run).expanduser().resolve()
-    runs = sorted(path.parent for path in (load_settings().work / "runs").glob("*/*/run.json"))
+    runs = all_runs(load_settings().work)
     found = [path for path in runs if run in (path.name, f"{path.parent.name}/{path.name}")]
     if len(found) > 1:
         raise PillSnapError(f"{len(found)} runs are called {run!r}: say {' or '.join(f'{path.parent.name}/{path.name}' for path in found)}")
@@ -593,12 +589,12 @@ def find_folder(run: str) -> Path:
     return found[0]
 
 
-def tell_run(run: Path) -> list[str]:  # lines
+def run_lines(run: Path) -> list[str]:  # lines
     "Say how far a run is; of one that failed, why."
-    from pillsnap.failures import tell_failure
+    from pillsnap.failures import failure_lines
     from pillsnap.records import event_table, tell_progress
 
-    if screen := tell_failure(run):
+    if screen := failure_lines(run):
         return screen
     return [*(f"{name:<12}{value}" for name, value in tell_progress(run).items()), "", *(f"  {row.at:>9}  {row.event:<12}{row.what}" for row in event_table(run, 12).itertuples())]
 
@@ -861,7 +857,7 @@ def show_old(settings: Settings, items: list[Any]) -> None:
     "Print what lies in the work folder, and what may go."
     from rich.console import Console
 
-    from pillsnap.core import disk_room
+    from pillsnap.disk import disk_room
     from pillsnap.tidy import tell_usage, total_of
 
     console, (room, used) = Console(highlight=False, width=None if sys.stdout.isatty() else 160), disk_room(settings.work)

@@ -28,8 +28,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .core import PillSnapError, atomic_folder, show_work, watch_space, write_json
+from .core import PillSnapError
 from .cutouts import REASONS, Bank, Box, bounds, cut_out
+from .disk import atomic_folder, show_work, watch_space, write_json
 from .grounds import DRAWN, VARIANTS, draw_ground
 from .viz import image_grid
 

@@ -26,7 +26,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from .aihub import read_or_none
-from .core import Parameters, PillSnapError, Settings, atomic_folder, content_hash, lock, read_json, show_work, watch_space, write_json
+from .core import Parameters, PillSnapError, Settings
+from .disk import atomic_folder, content_hash, lock, read_json, show_work, watch_space, write_json
 from .drugs import FIELDS
 from .index import Index, hash_table
 from .inspection import inspect

@@ -38,7 +38,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .aihub import pill_source, read_or_none, read_photo
-from .core import PillSnapError, Settings, Stage, atomic_folder, atomic_path, check_space, content_hash, count_workers, lock, read_json, show_work, write_json
+from .core import PillSnapError, Settings, Stage, count_workers
+from .disk import atomic_folder, atomic_path, check_space, content_hash, lock, read_json, show_work, write_json
 from .index import hash_table
 from .preprocess import Preprocess, cut_square, cut_window, place_square, resize_square
 

@@ -33,7 +33,9 @@ import yaml
 from PIL import Image
 
 from .boxes import DOUBLE_IOU, LEAST_SCORE, run_detector
-from .core import PillSnapError, Stage, append_event, atomic_path, content_hash, count_workers, load_settings, read_events, read_json, suggest
+from .core import PillSnapError, Stage, count_workers, load_settings, suggest
+from .disk import atomic_path, content_hash, read_json
+from .runs import append_event, read_events
 
 if TYPE_CHECKING:
     import torch

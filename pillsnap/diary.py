@@ -19,7 +19,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from .core import PillSnapError, Stage, append_event, atomic_path
+from .core import PillSnapError, Stage
+from .disk import atomic_path
+from .runs import append_event
 
 # %% ../nbs/03ea_diary.ipynb #4776e90b
 Write = Callable[[dict[str, Any]], None]  # takes the scores of an epoch, `epoch` among them

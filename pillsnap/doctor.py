@@ -32,13 +32,15 @@ from torch import nn
 from .aihub import decode_picture, pill_source, read_or_none
 from .backgrounds import Relay, find_masks, stock_grounds
 from .classifier import build_classifier, check_tag, model_preprocess, to_input
-from .core import Parameters, PillSnapError, Settings, Stage, count_workers, disk_room, installed_versions, pick_device, stale_modules
+from .core import Parameters, PillSnapError, Settings, Stage, count_workers, pick_device, stale_modules
 from .data import Photos, PillDataset, choose_kind, cut_wide, encode, ensure_cache, epoch_order, estimate_bytes, plan_cut, stage_batches
 from .detector import build_network
+from .disk import disk_room
 from .engine import is_memory_error, start_training, train_step
 from .files import Source
 from .manifest import load_manifest
 from .methods import size_at
+from .runs import installed_versions
 from .synthetic import make_looks, photo_single
 from .train import classifier_pills
 from .trees import ensure_synthetic

@@ -22,18 +22,20 @@ import pandas as pd
 from matplotlib.figure import Figure
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve, precision_recall_fscore_support, roc_auc_score, roc_curve
 
+from .advise import Advice, advise, check_gates, write_advice
 from .backgrounds import Relay, ensure_masks, held_grounds
 from .calibration import calibration_bins, coverage_at, coverage_curve, expected_calibration_error
 from .classifier import score
-from .advise import Advice, advise, check_gates, write_advice
-from .core import AT_MOST, Parameters, PillSnapError, Stage, append_event, lock, read_events, read_metrics, write_metrics
-from .drugs import read_drugs
+from .core import AT_MOST, Parameters, PillSnapError, Stage
 from .data import Photos
+from .disk import lock
+from .drugs import read_drugs
 from .final import earlier_readings, read_final_test
 from .forecast import Forecast, forecast_metrics, forecast_phone
 from .index import ensure_index
 from .pipeline import Outcome, measure_framing, measure_pipeline, open_pipeline, plot_framing, run_pipeline, show_worst, test_trays, time_steps
 from .predictions import CoveredPills, Evaluated, Predictions, RelaidPills, Trust, cut_test_pill, measure_trust, name_picture, open_run, with_judge
+from .runs import append_event, read_events, read_metrics, write_metrics
 from .scores import LOSSES, share, tidy
 from .train import classifier_pills, ensure_run
 from .trust import plot_unknown, show_evidence, trust_metrics

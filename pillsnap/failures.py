@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CAUSES', 'ERROR_LINE', 'CHANGEABLE', 'Cause', 'find_cause', 'take_stock', 'list_gpus', 'describe_gpu', 'is_of_us',
            'process_name', 'count_kills', 'Failure', 'explain_run', 'explain_silence', 'last_error', 'tell_status',
-           'tell_stock', 'read_tail', 'read_end', 'tell_failure', 'first_line']
+           'tell_stock', 'read_tail', 'read_end', 'failure_lines', 'first_line']
 
 # %% ../nbs/03eba_failures.ipynb #0e6852af
 import gzip
@@ -20,8 +20,10 @@ from typing import Any
 
 import psutil
 
-from .core import disk_room, is_alive, read_events, run_state
+from .core import open_gpus
+from .disk import disk_room
 from .records import event_table, resume_command, tell_state
+from .runs import is_alive, read_events, run_state
 
 # %% ../nbs/03eba_failures.ipynb #88cb5986
 @dataclass(frozen=True)
@@ -67,19 +69,18 @@ def take_stock(folder: Path) -> dict[str, Any]:  # memory_gb [free, all]; disk_u
 def list_gpus() -> list[dict[str, Any]]:
     "Say of each GPU what is free and which other processes hold some."
     try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        return [describe_gpu(pynvml, pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(pynvml.nvmlDeviceGetCount())]
-    except Exception:  # no package, no driver, no GPU, a figure that a card does not give
+        return [describe_gpu(gpu) for gpu in open_gpus()]
+    except Exception:  # a figure that a card does not give
         return []
 
 
-def describe_gpu(nvml: Any, handle: Any) -> dict[str, Any]:
+def describe_gpu(gpu: Any) -> dict[str, Any]:
     "Say what is free on a GPU and who holds some of it, other than this training."
-    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-    others = [p for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle) if not is_of_us(p.pid)]
-    return {"name": str(nvml.nvmlDeviceGetName(handle)), "free_gb": round(memory.free / 1e9, 2), "all_gb": round(memory.total / 1e9, 2), "others": [{"pid": p.pid, "name": process_name(p.pid), "gb": round((p.usedGpuMemory or 0) / 1e9, 2)} for p in others]}
+    import pynvml as nvml
+
+    memory = nvml.nvmlDeviceGetMemoryInfo(gpu)
+    others = [p for p in nvml.nvmlDeviceGetComputeRunningProcesses(gpu) if not is_of_us(p.pid)]
+    return {"name": str(nvml.nvmlDeviceGetName(gpu)), "free_gb": round(memory.free / 1e9, 2), "all_gb": round(memory.total / 1e9, 2), "others": [{"pid": p.pid, "name": process_name(p.pid), "gb": round((p.usedGpuMemory or 0) / 1e9, 2)} for p in others]}
 
 
 def is_of_us(pid: int) -> bool:
@@ -200,7 +201,7 @@ def read_end(path: Path, most: int) -> bytes:
         return file.read()
 
 # %% ../nbs/03eba_failures.ipynb #2c7c28c1
-def tell_failure(run: Path) -> list[str]:  # lines; empty where there is nothing to explain
+def failure_lines(run: Path) -> list[str]:  # lines; empty where there is nothing to explain
     "Say on one screen why a run ended: cause, what speaks for it, remedy, the way on, last events, last lines of the log."
     found = explain_run(run)
     if found is None:

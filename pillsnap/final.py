@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .core import PillSnapError, Settings, Stage, append_event, content_hash, lock, read_json, run_state, write_json
+from .core import PillSnapError, Settings, Stage
+from .disk import content_hash, lock, read_json, write_json
 from .index import Index
 from .inspection import inspect
 from .manifest import Manifest, assign_splits, name_groups, read_exclusions, tabulate_pills, unit_hash
 from .pipeline import hash_file
 from .predictions import Evaluated
+from .runs import append_event, run_state
 from .scores import share, tidy
 from .trust import trust_metrics
 

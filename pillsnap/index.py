@@ -21,7 +21,8 @@ import numpy as np
 import pandas as pd
 
 from .aihub import REMEDIES, Tables, label_sources, photo_sources
-from .core import STAGES, PillSnapError, Settings, atomic_folder, content_hash, lock, read_json, write_json
+from .core import STAGES, PillSnapError, Settings
+from .disk import atomic_folder, content_hash, lock, read_json, write_json
 from .drugs import REGISTRY_REMEDIES, audit_registry
 from .files import Files, Folder, by_unit, is_text, load_listing, save_listing, tabulate_files, walk
 from .inspection import inspect, inspect_labels, inspect_photo, number_pills, spread_rows

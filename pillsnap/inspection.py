@@ -32,7 +32,8 @@ from PIL import Image, UnidentifiedImageError
 
 from .aihub import (PROBLEM_COLUMNS, Tables, check_label, image_paths, label_sources, list_problems, make_table, photo_size,
                             photo_sources, read_label)
-from .core import PillSnapError, atomic_path, check_space, show_work
+from .core import PillSnapError
+from .disk import atomic_path, check_space, show_work
 from .drugs import build_registry
 from .files import Source
 

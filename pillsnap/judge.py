@@ -21,7 +21,8 @@ import numpy as np
 import pandas as pd
 
 from .calibration import NO_SCALING, Scaling, choose_scaling, fit_sets, log_softmax, prediction_sets
-from .core import PillSnapError, atomic_path, suggest
+from .core import PillSnapError, suggest
+from .disk import atomic_path
 from .gallery import Gallery, dismiss, enrol, make_gallery, unit
 from .unknowns import JUDGED, SCORES, Residual, Seen, compare_scores, fit_residual, leave_out, see, threshold_for
 

@@ -18,7 +18,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .core import PillSnapError, atomic_path, suggest
+from .core import PillSnapError, suggest
+from .disk import atomic_path
 
 # %% ../nbs/06a_keys.ipynb #8d03a336
 RATE = 100  # requests a minute, where a key says nothing else

@@ -25,7 +25,8 @@ from sklearn.model_selection import StratifiedGroupKFold
 from .aihub import pill_source, read_or_none, read_photo
 from .boxes import iou
 from .calibration import log_softmax
-from .core import Parameters, PillSnapError, atomic_path
+from .core import Parameters, PillSnapError
+from .disk import atomic_path
 from .gallery import unit
 from .identify import Detect
 from .manifest import read_exclusions

@@ -26,7 +26,8 @@ import pyarrow.csv
 from matplotlib.figure import Figure
 
 from .aihub import PROBLEM_COLUMNS, Tables, image_paths, make_table
-from .core import STAGES, Parameters, PillSnapError, Stage, atomic_folder, content_hash, lock, read_json, write_json
+from .core import STAGES, Parameters, PillSnapError, Stage
+from .disk import atomic_folder, content_hash, lock, read_json, write_json
 from .index import Index, estimate, hash_table
 from .inspection import inspect
 from .viz import plot_splits, plot_stacked

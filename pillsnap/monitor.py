@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PIECE', 'AHEAD', 'STALLED', 'CLASSIFIER', 'DETECTOR', 'STATIC', 'FILES', 'HEADERS', 'packed_log', 'Follower',
-           'keep_fields', 'tell_model', 'tell_run', 'tell_advice', 'tell_failure', 'run_ended', 'open_gpus', 'tell_gpu',
+           'keep_fields', 'tell_model', 'tell_run', 'tell_advice', 'tell_failure', 'run_ended', 'tell_gpu',
            'tell_machine', 'Sources', 'state_or_reason', 'run_log', 'Watch', 'Told', 'check_viewer', 'view', 'Viewer',
            'tell_beside', 'serve_viewer', 'page', 'static', 'make_monitor', 'monitor']
 
@@ -20,7 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +33,12 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 import pillsnap
-from .core import PillSnapError, is_alive, read_events, read_json, read_metrics, suggest
+from .core import PillSnapError, open_gpus, suggest
+from .disk import read_json
 from .door import HERE
 from .failures import explain_run
 from .records import event_table, resume_command, tell_state
+from .runs import all_runs, is_alive, read_events, read_metrics
 from .serve import open_port
 
 # %% ../nbs/08_monitor.ipynb #37d0e2d7
@@ -151,18 +152,6 @@ def run_ended(events: Sequence[dict[str, Any]]) -> bool:
     return bool(last) and last[-1] == "end"
 
 # %% ../nbs/08_monitor.ipynb #e5392a7f
-@lru_cache(maxsize=1)
-def open_gpus() -> list[Any]:
-    "Find the GPUs whose figures can be read; none is none."
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        return [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-    except Exception:  # no package, no driver, no GPU: each has an error of its own
-        return []
-
-
 def tell_gpu(handle: Any) -> dict[str, Any]:
     "Read one GPU; what it does not tell is None."
     import pynvml
@@ -209,8 +198,7 @@ class Sources:
 
     def runs(self) -> list[Path]:
         "List all runs, the last that wrote first."
-        found = [path.parent for path in (self.work / "runs").glob("*/*/run.json")]
-        return sorted(found, key=lambda run: (run / "events.jsonl").stat().st_mtime if (run / "events.jsonl").exists() else 0, reverse=True)
+        return sorted(all_runs(self.work), key=lambda run: (run / "events.jsonl").stat().st_mtime if (run / "events.jsonl").exists() else 0, reverse=True)
 
     def logs(self) -> list[Path]:
         "List logs that are no run's, newest first."

@@ -16,7 +16,8 @@ import cv2
 import numpy as np
 
 from . import grounds, synthetic
-from .core import PillSnapError, Settings, atomic_folder, content_hash, lock
+from .core import PillSnapError, Settings
+from .disk import atomic_folder, content_hash, lock
 from .grounds import draw_ground
 from .synthetic import Light, Look, Placed, lay_pill, make_looks
 

@@ -19,8 +19,9 @@ import pandas as pd
 
 from .aihub import pill_source, read_photo
 from .classifier import Predicted, load_classifier, predict, predict_crops, score, softmax
-from .core import Parameters, PillSnapError, Stage, open_roots, parse_overrides, pick_device, read_json
+from .core import Parameters, PillSnapError, Stage, open_roots, parse_overrides, pick_device
 from .data import Photos, PillDataset, stage_batches
+from .disk import read_json
 from .judge import Judge, Outputs, Reading, fit_judge, save_judge, trusting
 from .manifest import Manifest, load_manifest, unit_hash
 from .pipeline import hash_file, is_smoke

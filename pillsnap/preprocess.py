@@ -19,7 +19,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from .core import PillSnapError, content_hash
+from .core import PillSnapError
+from .disk import content_hash
 
 # %% ../nbs/03_preprocess.ipynb #338034b7
 def cut_square(

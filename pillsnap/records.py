@@ -18,7 +18,9 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .core import SILENT, STAGES, Settings, is_alive, list_runs, read_events, read_json, read_metrics, run_state
+from .core import SILENT, STAGES, Settings
+from .disk import read_json
+from .runs import all_runs, is_alive, list_runs, read_events, read_metrics, run_state
 from .viz import SPLIT_COLOURS, new_figure, plot_curves
 
 # %% ../nbs/03eb_records.ipynb #f4846ad5
@@ -141,13 +143,13 @@ def tell_progress(run: Path) -> dict[str, Any]:
 
 def progress_table(settings: Settings) -> pd.DataFrame:  # a row per run, oldest first within its stage
     "Tell how far every run is."
-    keys = sorted({path.parent.parent.name for path in (settings.work / "runs").glob("*/*/run.json")})
+    keys = sorted({run.parent.name for run in all_runs(settings.work)})
     return pd.DataFrame([tell_progress(run) for key in keys for run in list_runs(settings, key)], columns=["stage", "run", "state", "classifier", "detector", "gates"])
 
 
 def unfinished(settings: Settings) -> list[Path]:
     "List the runs that could go on and do not."
-    return [run for path in sorted((settings.work / "runs").glob("*/*/run.json")) if run_state(run := path.parent) != "end" and not is_alive(run)]
+    return [run for run in all_runs(settings.work) if run_state(run) != "end" and not is_alive(run)]
 
 # %% ../nbs/03eb_records.ipynb #0c421ad3
 KEPT = {"raw": "their pixels", "jpeg": "JPEG", "off": "nothing: every photo is decoded in every epoch"}

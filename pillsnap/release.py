@@ -17,8 +17,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from .bundle import PICTURES, SUMS, bundle_hash, check_sums
-from .core import FILES, PillSnapError, Settings, atomic_path, check_space, git_state, read_json, secret_forms
+from .bundle import PICTURES, SUMS, bundle_hash, check_sums, join_sums, split_sums
+from .core import FILES, PillSnapError, Settings
+from .disk import atomic_path, check_space, read_json
+from .runs import git_state, secret_forms
 
 # %% ../nbs/07b_release.ipynb #dc4aeeb0
 Content = Path | bytes
@@ -122,15 +124,15 @@ def release(
 # %% ../nbs/07b_release.ipynb #0182ac1d
 def write_archive(path: Path, name: str, content: Mapping[str, Content]) -> None:
     "Write an archive of one folder, with the checksums of its files; raises PillSnapError for a file that holds one of the environment's secrets."
-    secrets, sums = [form.encode() for form in secret_forms()], []
+    secrets, sums = [form.encode() for form in secret_forms()], {}
     with zipfile.ZipFile(path, "x", zipfile.ZIP_DEFLATED) as archive:
         for inside in sorted(content):
             data = as_bytes(content[inside])
             if any(secret in data for secret in secrets):
                 raise PillSnapError(f"{inside} holds a key or token of this computer's environment: nothing was written")
-            sums.append(f"{hashlib.sha256(data).hexdigest()}  {inside}\n")
+            sums[inside] = hashlib.sha256(data).hexdigest()
             archive.writestr(f"{name}/{inside}", data)
-        archive.writestr(f"{name}/{SUMS}", "".join(sums))
+        archive.writestr(f"{name}/{SUMS}", join_sums(sums))
 
 # %% ../nbs/07b_release.ipynb #b8847d24
 def verify_archive(path: Path, wanted: str) -> None:
@@ -138,7 +140,7 @@ def verify_archive(path: Path, wanted: str) -> None:
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         root = names[0].split("/")[0]
-        sums = dict(line.split("  ", 1)[::-1] for line in archive.read(f"{root}/{SUMS}").decode().splitlines())
+        sums = split_sums(archive.read(f"{root}/{SUMS}").decode())
         if {f"{root}/{name}" for name in sums} != set(names) - {f"{root}/{SUMS}"}:
             raise PillSnapError(f"{path.name}: its files and its {SUMS} differ")
         for name, told in sums.items():

@@ -16,7 +16,9 @@ from typing import Any
 import nbformat
 from nbconvert import HTMLExporter
 
-from .core import AT_MOST, atomic_path, hide_secrets, read_json
+from .core import AT_MOST
+from .disk import atomic_path, read_json
+from .runs import hide_secrets
 
 # %% ../nbs/00e_report.ipynb #e3343082
 def own_cells(nb: Any) -> list[Any]:

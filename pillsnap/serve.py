@@ -41,7 +41,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 import pillsnap
 from .bundle import Bundle, open_bundle
-from .core import PillSnapError, atomic_path, hold_memory
+from .core import PillSnapError, hold_memory
+from .disk import atomic_path
 from .door import Counts, Door, Form, Refusal, Rules, Visit, read_form, visit_of
 from .identify import MODES, Answer, Extra, check_request, identify
 from .keys import KeyRing

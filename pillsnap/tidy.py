@@ -22,7 +22,9 @@ import pandas as pd
 import psutil
 from filelock import FileLock, Timeout
 
-from .core import PillSnapError, Settings, atomic_path, is_alive, read_json, run_state
+from .core import PillSnapError, Settings
+from .disk import atomic_path, read_json
+from .runs import all_runs, is_alive, run_state
 
 # %% ../nbs/03i_tidy.ipynb #beba7e60
 DAY = 86400.0  # seconds
@@ -105,7 +107,7 @@ def find_sources(work: Path) -> set[tuple[str, str]]:  # stage key and name of r
 def find_checkpoints(work: Path, days: float = CHECKPOINT_DAYS, unfinished: bool = False) -> list[Item]:
     "Find the checkpoints that nothing will go on from; `unfinished`: also those of runs that are not complete."
     kept, found = find_sources(work), []
-    for run in sorted(path.parent for path in (work / "runs").glob("*/*/run.json")):
+    for run in all_runs(work):
         if (run.parent.name, run.name) in kept or is_alive(run) or not (unfinished or run_state(run) == "end"):
             continue
         files = [run / name for name in CHECKPOINTS if (run / name).exists()]

@@ -24,7 +24,8 @@ import numpy as np
 import pandas as pd
 import psutil
 
-from .core import Parameters, PillSnapError, installed_versions
+from .core import Parameters, PillSnapError, open_gpus
+from .runs import installed_versions
 
 # %% ../nbs/00f_timing.ipynb #fef45c3b
 def seconds_of(
@@ -195,11 +196,8 @@ PACKAGES = ("torch", "torchvision", "timm", "ultralytics", "onnxruntime", "onnxr
 
 def name_gpu() -> str:
     "Name the GPUs, their memory and the driver."
+    if not (gpus := open_gpus()):
+        return "none"
     import pynvml
 
-    try:
-        pynvml.nvmlInit()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        return ", ".join(f"{pynvml.nvmlDeviceGetName(h)} {pynvml.nvmlDeviceGetMemoryInfo(h).total / 1e9:.0f} GB" for h in handles) + f", driver {pynvml.nvmlSystemGetDriverVersion()}"
-    except pynvml.NVMLError:
-        return "none"
+    return ", ".join(f"{pynvml.nvmlDeviceGetName(gpu)} {pynvml.nvmlDeviceGetMemoryInfo(gpu).total / 1e9:.0f} GB" for gpu in gpus) + f", driver {pynvml.nvmlSystemGetDriverVersion()}"

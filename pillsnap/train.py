@@ -40,12 +40,12 @@ from .backgrounds import Relay, ensure_masks, stock_grounds
 from .checkpoints import clear_orphans
 from .classifier import build_classifier, model_preprocess, predict, save_classifier, score, start_from
 from .compose import ComposeSettings, make_composer, write_trays
-from .core import (SILENT, DiskFull, Hiding, Parameters, PillSnapError, Stage, append_event, check_space, describe_run, epoch_line, find_run, keep_log_short, list_runs, load_settings, lock, new_run, pick_device,
-                           read_events, read_json, run_state, stale_modules, tail_events, watch_space, write_json, write_metrics)
+from .core import SILENT, DiskFull, Parameters, PillSnapError, Stage, load_settings, pick_device, stale_modules
 from .cutouts import Bank, bank_of_manifest, leave_out, look_up_drugs
 from .data import Cache, CacheCut, Photos, PillDataset, batches, choose_kind, ensure_cache, epoch_order, plan_cut, stage_batches
 from .detector import build_network, train_detector
 from .diary import Write, find_hard, open_logs, write_hard
+from .disk import check_space, lock, read_json, watch_space, write_json
 from .drugs import read_drugs
 from .engine import (Apart, BatchPlan, Training, check_memory, estimate_memory, free_memory, load_checkpoint, pick_precision, plan_batch, save_checkpoint, start_training,
                              train_epoch)
@@ -58,6 +58,7 @@ from .methods import batch_at, draw_chances, make_loss, size_at, strength_at
 from .preprocess import Preprocess
 from .ranks import Ranks, join_ranks
 from .records import as_command, detector_epochs, resume_command
+from .runs import Hiding, append_event, describe_run, epoch_line, find_run, keep_log_short, list_runs, new_run, read_events, run_state, tail_events, write_metrics
 from .trays import add_composed, detector_pills, find_empty, write_yolo_set
 from .viz import image_grid
 

@@ -24,8 +24,9 @@ from matplotlib.figure import Figure
 
 from .aihub import NAME, box_problem, image_paths, pill_source, read_photo
 from .boxes import iou, shrink
-from .core import PillSnapError, atomic_folder, content_hash, suggest, watch_space, write_json
+from .core import PillSnapError, suggest
 from .cutouts import fill_box
+from .disk import atomic_folder, content_hash, watch_space, write_json
 from .manifest import PLACE, Manifest
 from .viz import image_grid
 

@@ -30,7 +30,8 @@ import cv2
 import numpy as np
 
 from . import synthetic
-from .core import PillSnapError, Settings, content_hash, lock, watch_space
+from .core import PillSnapError, Settings
+from .disk import content_hash, lock, watch_space
 from .synthetic import GRID, Look, arrange_trays, capture_stem, make_label, make_looks, photo_single, photo_tray, pick_views
 
 # %% ../nbs/00da_trees.ipynb #fadb7d02

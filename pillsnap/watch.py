@@ -20,7 +20,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from .core import HIDDEN, PillSnapError, find_secrets, rotate_log
+from .core import PillSnapError
+from .runs import HIDDEN, find_secrets, rotate_log
 
 # %% ../nbs/08a_watch.ipynb #5b8023f8
 class Cleaner:

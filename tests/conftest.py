@@ -19,6 +19,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes longer than ten seconds; run with -m slow")
+    config.addinivalue_line("markers", "alone: what it measures, other tests beside it would disturb")
 
 
 def pytest_collection_modifyitems(config, items):

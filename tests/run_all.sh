@@ -32,5 +32,6 @@ step "notebooks run (nbdev_test)" nbdev_test --n_workers 2
 python tests/count_cells.py "$scratch/saved" nbs/00_core.ipynb nbs/00b_drugs.ipynb nbs/03_preprocess.ipynb
 step "saved outputs hold (nbval)" python -m pytest -q --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg -p no:cacheprovider --rootdir "$scratch" "$scratch/saved"
 step "a stage through papermill" papermill nbs/04_train.ipynb "$scratch/04_train.ipynb" -p stage 0 -p overrides "epochs=2 detector_epochs=1 name=papermill" --no-progress-bar
-step "tests (pytest)" python -m pytest -q tests
+step "tests, two at a time (pytest)" python -m pytest -q -n 2 --dist loadfile -m "not alone and not slow" tests
+step "tests that want the machine alone (pytest)" python -m pytest -q -m "alone and not slow" tests
 echo "── all: $((SECONDS - begin)) s"

@@ -11,7 +11,9 @@ import pandas as pd
 import pytest
 
 from conftest import PROJECT
-from pillsnap.core import PillSnapError, read_events, read_json
+from pillsnap.core import PillSnapError
+from pillsnap.disk import read_json
+from pillsnap.runs import read_events
 
 FIELDS = "images=60 classes=4 epochs=2 size=32 batch=16 workers=0 strategy=classifier backgrounds=0 tray_share=0"
 

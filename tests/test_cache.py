@@ -27,12 +27,14 @@ import torch
 from conftest import KILLS
 from pillsnap import core, data
 from pillsnap.aihub import image_paths, pill_source
-from pillsnap.core import PillSnapError, load_settings, read_events, show_work
+from pillsnap.core import PillSnapError, load_settings
 from pillsnap.data import Cache, CacheCut, PillDataset, batches, ensure_cache, epoch_order, reading_order
+from pillsnap.disk import show_work
 from pillsnap.index import build_index
 from pillsnap.inspection import inspect
 from pillsnap.manifest import make_manifest
 from pillsnap.preprocess import Preprocess
+from pillsnap.runs import read_events
 from pillsnap.trees import SynthSpec, synthesise
 
 SMALL = SynthSpec(drugs=4, views=12, trays=3, width=96)

@@ -16,8 +16,9 @@ from PIL import Image
 import pillsnap.train as train
 from pillsnap.boxes import letterbox
 from pillsnap.classifier import load_classifier
-from pillsnap.core import PillSnapError, Parameters, get_stage, load_settings, read_events, read_json, read_metrics, run_state
+from pillsnap.core import Parameters, PillSnapError, get_stage, load_settings
 from pillsnap.detector import build_network, hash_weights, load_detector, read_detector, save_detector
+from pillsnap.disk import read_json
 from pillsnap.evaluate import evaluate_run
 from pillsnap.identify import identify
 from pillsnap.index import build_index
@@ -25,6 +26,7 @@ from pillsnap.judge import trusting
 from pillsnap.manifest import make_manifest
 from pillsnap.pipeline import list_trays, open_pipeline, unseen_drugs
 from pillsnap.preprocess import Preprocess
+from pillsnap.runs import read_events, read_metrics, run_state
 from pillsnap.train import fit, held_out_drugs, main, open_folder, prepare_run, write_detector_set
 from pillsnap.trees import SynthSpec, synthesise
 

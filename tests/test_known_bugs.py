@@ -15,17 +15,18 @@ import pytest
 import torch
 from PIL import Image
 
+from pillsnap import evaluate
 from pillsnap.aihub import pill_source, read_photo
 from pillsnap.classifier import build_classifier, load_classifier, save_classifier
-from pillsnap.core import PillSnapError, STAGES, get_stage, read_events
+from pillsnap.core import STAGES, PillSnapError, get_stage
 from pillsnap.data import Photos, PillDataset, make_augmentation
 from pillsnap.drugs import registry_row, split_edi
-from pillsnap import evaluate
 from pillsnap.files import Source
 from pillsnap.index import build_index
 from pillsnap.inspection import inspect, inspect_photo
 from pillsnap.manifest import byte_leaks, csv_bytes, group_leaks, make_manifest, pose_leaks, prove_no_leak
 from pillsnap.preprocess import Preprocess, cut_square
+from pillsnap.runs import read_events
 from pillsnap.train import classifier_pills, fit, make_job, open_folder, prepare_run, standard_error
 
 

@@ -16,13 +16,15 @@ from websockets.sync.client import connect
 
 from browser import CHROMIUM, Browser
 from conftest import PROJECT
-from pillsnap.core import append_event, read_events, write_json
+from pillsnap.disk import write_json
+from pillsnap.runs import append_event, read_events
 from pillsnap.index import build_index
 from pillsnap.manifest import make_manifest
 from pillsnap.monitor import Sources, Watch, make_monitor
 from pillsnap.serve import run_beside
 from pillsnap.train import launch, prepare_run
 
+pytestmark = pytest.mark.alone
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
 BUSY = r"""
 import sys, time

@@ -9,10 +9,11 @@ import time
 import pytest
 
 from pillsnap import core
-from pillsnap.core import append_event, read_events, read_json, run_state
+from pillsnap.disk import read_json
 from pillsnap.failures import explain_run
 from pillsnap.index import build_index
 from pillsnap.manifest import make_manifest
+from pillsnap.runs import HIDDEN, MOST_LOG, append_event, read_events, run_state
 from pillsnap.train import follow, launch, main, prepare_run
 
 
@@ -105,7 +106,7 @@ def test_a_command_that_fails_says_why(pillsnap, tree, tmp_path):
     reports = tmp_path / "reports/stage_0-tiny"
     for written in (run / "events.jsonl", run / "train.log", reports / "04_train.ipynb", reports / "04_train.html"):
         assert "very-secret-folder" not in written.read_text("utf-8"), written
-    assert core.HIDDEN in (run / "events.jsonl").read_text("utf-8") and core.HIDDEN in (reports / "04_train.html").read_text("utf-8")
+    assert HIDDEN in (run / "events.jsonl").read_text("utf-8") and HIDDEN in (reports / "04_train.html").read_text("utf-8")
 
 
 def test_a_key_that_a_command_prints_is_not_kept(pillsnap, tmp_path):
@@ -139,7 +140,7 @@ def test_clean_says_then_does(make_run, pillsnap):
 def test_a_training_log_that_grows_too_long_begins_anew(make_run, monkeypatch):
     "The process writes to the new one itself; what was there is kept once."
     run = make_run("epochs=400")
-    (run / "train.log").write_bytes(b"w" * (core.MOST_LOG + 1))
+    (run / "train.log").write_bytes(b"w" * (MOST_LOG + 1))
     launched = launch(run)
     try:
         wait_for(lambda: (run / "train.log.1").exists() and b"epoch" in (run / "train.log").read_bytes())
@@ -152,4 +153,4 @@ def test_a_training_log_that_grows_too_long_begins_anew(make_run, monkeypatch):
 def test_events_hold_no_secrets(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
     append_event(tmp_path, "note", message="sent with 0123456789abcdef")
-    assert "0123456789abcdef" not in (tmp_path / "events.jsonl").read_text() and core.HIDDEN in read_events(tmp_path)[0]["message"]
+    assert "0123456789abcdef" not in (tmp_path / "events.jsonl").read_text() and HIDDEN in read_events(tmp_path)[0]["message"]

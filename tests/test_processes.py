@@ -11,11 +11,13 @@ import urllib.request
 import pytest
 
 from conftest import PROJECT
-from pillsnap.core import PillSnapError, append_event, atomic_path, read_events, read_json, run_state, write_json
+from pillsnap.core import PillSnapError
+from pillsnap.disk import atomic_path, read_json, write_json
 from pillsnap.index import build_index
 from pillsnap.manifest import make_manifest
-from pillsnap.trees import SynthSpec, synthesise
+from pillsnap.runs import append_event, read_events, run_state
 from pillsnap.train import follow, launch, prepare_run
+from pillsnap.trees import SynthSpec, synthesise
 
 
 @pytest.fixture

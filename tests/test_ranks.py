@@ -10,7 +10,8 @@ import psutil
 import pytest
 import torch
 
-from pillsnap.core import read_events, read_json, run_state, write_json
+from pillsnap.disk import read_json, write_json
+from pillsnap.runs import read_events, run_state
 from pillsnap.checkpoints import read_checkpoint
 from pillsnap.index import ensure_index
 from pillsnap.manifest import ensure_manifest
@@ -22,8 +23,9 @@ import pillsnap.core
 import torch
 from torch import nn
 from pathlib import Path
+from pillsnap.core import get_stage
 from pillsnap.data import Photos, PillDataset, batches, epoch_order
-from pillsnap.core import get_stage, read_json
+from pillsnap.disk import read_json
 from pillsnap.engine import start_training, train_step
 from pillsnap.manifest import load_manifest
 from pillsnap.preprocess import Preprocess

@@ -38,15 +38,16 @@ from PIL import Image
 from pillsnap import core, files, index, inspection
 from pillsnap.aihub import K_CODE, Label, label_sources, parse_name, photo_sources, read_label, read_photo
 from pillsnap.classifier import load_classifier
-from pillsnap.core import PillSnapError, content_hash, get_stage, load_settings
+from pillsnap.core import PillSnapError, get_stage, load_settings
+from pillsnap.disk import content_hash
 from pillsnap.drugs import build_registry
 from pillsnap.files import SUFFIXES, Source, ZipError, list_archive, tabulate_files, walk
 from pillsnap.index import all_problems, build_index, count_parts, ensure_index, inspect_index, load_index
 from pillsnap.inspection import LABEL_RESULT, PHOTO_RESULT, Store, in_processes, inspect, inspect_label, inspect_labels, inspect_photo
 from pillsnap.manifest import make_manifest
 from pillsnap.synthetic import make_label, make_looks
-from pillsnap.trees import Cp949Entry, SynthSpec, synthesise
 from pillsnap.train import fit, prepare_run
+from pillsnap.trees import Cp949Entry, SynthSpec, synthesise
 
 SMALL = SynthSpec(drugs=4, views=60, trays=5, width=64)
 STEM, VIEW, CODE = "K-900001_0_0_0_0_60_000_200", (0, 0, 0, 60, 0), "K-900001"

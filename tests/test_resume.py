@@ -15,10 +15,12 @@ import torch
 from conftest import KILLS
 from safetensors.torch import load_file
 
-from pillsnap.core import Parameters, get_stage, load_settings, read_events, read_json, run_state, write_json
 from pillsnap.checkpoints import previous_of, read_checkpoint
+from pillsnap.core import Parameters, get_stage, load_settings
+from pillsnap.disk import read_json, write_json
 from pillsnap.index import ensure_index
 from pillsnap.manifest import ensure_manifest
+from pillsnap.runs import read_events, run_state
 from pillsnap.train import fit, prepare_run
 
 SERVER = multiprocessing.get_context("forkserver")

@@ -10,13 +10,14 @@ import pytest
 
 from conftest import PROJECT
 from pillsnap.aihub import pill_source
-from pillsnap.core import PillSnapError, read_metrics
+from pillsnap.core import PillSnapError
 from pillsnap.evaluate import evaluate_run
-from pillsnap.predictions import open_run, with_judge
 from pillsnap.identify import identify
 from pillsnap.index import ensure_index
 from pillsnap.judge import enrol_drug, load_judge
 from pillsnap.manifest import ensure_manifest
+from pillsnap.predictions import open_run, with_judge
+from pillsnap.runs import read_metrics
 from pillsnap.train import classifier_pills, fit, prepare_run
 from pillsnap.trees import SynthSpec, synthesise
 
