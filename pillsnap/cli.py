@@ -69,6 +69,15 @@ def check_request(notebook: Path, given: dict[str, Any], settings: Settings) -> 
         data_roots(stage, given.get("data_root", ""), settings)
     if stale := stale_modules(settings.project):
         raise PillSnapError(f"edited but not exported: {', '.join(stale)}; run nbdev_export")
+    if stage.exclude and notebook.stem == NOTEBOOKS["manifest"]:
+        from pillsnap.manifest import read_exclusions
+
+        read_exclusions(stage.exclude)
+    if given.get("final_test"):
+        from pillsnap.final import earlier_readings
+
+        run = find_run(settings, stage.key, given.get("run", ""))
+        earlier_readings(settings, read_json(run / "run.json")["manifest_hash"], run, given["final_test"])
     return stage
 
 # %% ../nbs/10_cli.ipynb #a78b56ca
@@ -279,8 +288,8 @@ def run_notebook(name: str, given: dict[str, Any], tensorboard: bool = False, ex
 # %% ../nbs/10_cli.ipynb #e0b8b4aa
 def error_lines(error: str, run: Path | None) -> list[str]:  # lines
     "Say why a notebook failed."
-    from pillsnap.runs import hide_secrets
     from pillsnap.failures import find_cause, failure_lines
+    from pillsnap.runs import hide_secrets
 
     if run and (screen := failure_lines(run)):
         return [f"pillsnap: {error.splitlines()[0]}", "", *screen]

@@ -295,7 +295,7 @@ def evaluate_run(run: Path, plan: Parameters) -> Evaluation:
     "Measure a run once, and write its part of the metrics; raises PillSnapError if there is no test pill."
     opened, given = open_run(run, plan), str(plan.given.get("final_test", ""))
     if given:
-        earlier_readings(plan.settings, opened.manifest, run, given)  # what is refused is refused before the long evaluation
+        earlier_readings(plan.settings, opened.manifest.hash, run, given)  # what is refused is refused before the long evaluation
     evaluated = with_judge(opened)
     rungs = climb(evaluated)
     if all(name.startswith("random frame") for name in rungs):

@@ -34,7 +34,7 @@ from torch import nn
 
 from .aihub import pill_source, read_or_none, read_photo
 from .boxes import iou, letterbox, run_detector
-from .bundle import DECIDES, PICTURES, Bundle, bundle_hash, check_sums, classify_with, describe_boxes, detect_with, golden_square, open_bundle, open_session, picture_key, write_sums
+from .bundle import DECIDES, PICTURES, Bundle, bundle_hash, check_sums, classify_with, describe_boxes, detect_with, golden_square, hash_file, open_bundle, open_session, picture_key, write_sums
 from .classifier import see_features
 from .core import Parameters, PillSnapError, Settings
 from .detector import load_detector
@@ -42,7 +42,7 @@ from .disk import atomic_folder, lock, read_json, write_json
 from .evaluate import ensure_evaluated
 from .gallery import Gallery
 from .judge import load_judge
-from .pipeline import hash_file, measure_pipeline, open_pipeline, run_pipeline, test_trays
+from .pipeline import measure_pipeline, open_pipeline, run_pipeline, test_trays
 from .predictions import Evaluated, cut_test_pill, name_picture, open_run, some_of_each
 from .preprocess import Preprocess, cut_square, golden_photo, golden_vector
 from .runs import append_event, read_metrics, write_metrics

@@ -9,21 +9,22 @@ __all__ = ['MOST_FINAL', 'final_pills', 'note_of', 'earlier_readings', 'claim', 
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from .bundle import hash_file
 from .core import PillSnapError, Settings, Stage
 from .disk import content_hash, lock, read_json, write_json
 from .index import Index
 from .inspection import inspect
 from .manifest import Manifest, assign_splits, name_groups, read_exclusions, tabulate_pills, unit_hash
-from .pipeline import hash_file
-from .predictions import Evaluated
 from .runs import append_event, run_state
 from .scores import share, tidy
-from .trust import trust_metrics
+
+if TYPE_CHECKING:
+    from pillsnap.predictions import Evaluated
 
 # %% ../nbs/04f_final.ipynb #162c82a3
 MOST_FINAL = 20_000  # photos
@@ -52,30 +53,30 @@ def final_pills(
     return pills[pills.label >= 0].reset_index(drop=True)
 
 # %% ../nbs/04f_final.ipynb #442e6200
-def note_of(settings: Settings, manifest: Manifest) -> Path:
-    "Say where a manifest's readings are written down."
-    return settings.work / "final" / f"{manifest.hash}.json"
+def note_of(settings: Settings, key: str) -> Path:
+    "Say where the readings of a manifest, named by its hash, are written down."
+    return settings.work / "final" / f"{key}.json"
 
 
-def earlier_readings(settings: Settings, manifest: Manifest, run: Path, given: str) -> list[dict[str, Any]]:
-    "Give the readings of a manifest's final test so far; raises PillSnapError if it may not be read again, or if what was given is not the manifest's hash."
-    if given != manifest.hash:
-        raise PillSnapError(f"final_test={given!r} is not the hash of the run's manifest: the final test of manifest {manifest.hash} is read once and never again; to read it give final_test={manifest.hash}")
+def earlier_readings(settings: Settings, key: str, run: Path, given: str) -> list[dict[str, Any]]:
+    "Give the readings so far of the final test of a manifest, named by its hash; raises PillSnapError if it may not be read again, or if what was given is not that hash."
+    if given != key:
+        raise PillSnapError(f"final_test={given!r} is not the hash of the run's manifest: the final test of manifest {key} is read once and never again; to read it give final_test={key}")
     if run_state(run) != "end":
         raise PillSnapError(f"{run} is not complete: the final test is for a run whose training is over")
-    note, weights = note_of(settings, manifest), hash_file(run / "best.safetensors")
+    note, weights = note_of(settings, key), hash_file(run / "best.safetensors")
     readings = read_json(note)["readings"] if note.exists() else []
     if readings and (readings[-1]["finished"] or readings[-1]["weights"] != weights):
         last = readings[-1]
         said = f"top-1 {last['metrics']['final_top1']:.3f}" if last["finished"] else "not finished, with other weights"
-        raise PillSnapError(f"the final test of manifest {manifest.hash} was read on {last['begun'][:16]} by run {last['run']} ({said}); it cannot be read again. A new final test needs a new manifest")
+        raise PillSnapError(f"the final test of manifest {key} was read on {last['begun'][:16]} by run {last['run']} ({said}); it cannot be read again. A new final test needs a new manifest")
     return readings
 
 
 def claim(settings: Settings, manifest: Manifest, run: Path, given: str, photos: str) -> Path:  # the note; `photos`: their hash
     "Write down that a manifest's final test is being read; raises PillSnapError if another manifest's was the same photos."
-    readings = earlier_readings(settings, manifest, run, given)
-    note = note_of(settings, manifest)
+    readings = earlier_readings(settings, manifest.hash, run, given)
+    note = note_of(settings, manifest.hash)
     for other in sorted(note.parent.glob("*.json")):
         if other != note and read_json(other)["photos"] == photos:
             raise PillSnapError(f"the final test of manifest {manifest.hash} has the photos of that of manifest {other.stem}, which was read: it cannot be read again")
@@ -85,14 +86,16 @@ def claim(settings: Settings, manifest: Manifest, run: Path, given: str, photos:
 
 # %% ../nbs/04f_final.ipynb #9666deeb
 def read_final_test(
-    evaluated: Evaluated,
+    evaluated: "Evaluated",
     index: Index,
     settings: Settings,
     given: str,  # the manifest's hash, as a person's word
 ) -> dict[str, Any]:  # final_top1, final_top5 and what its confidence was worth
     "Read the final test of a run's manifest, which can be done once."
+    from pillsnap.trust import trust_metrics
+
     with lock(settings, f"final-{evaluated.manifest.hash}"):
-        earlier_readings(settings, evaluated.manifest, evaluated.run, given)
+        earlier_readings(settings, evaluated.manifest.hash, evaluated.run, given)
         pills = final_pills(index, evaluated.manifest, evaluated.stage)
         note = claim(settings, evaluated.manifest, evaluated.run, given, content_hash(sorted(set(pills.photo))))
         append_event(evaluated.run, "final_test", manifest_hash=evaluated.manifest.hash)

@@ -6,12 +6,13 @@
 __all__ = ['PIECE', 'AHEAD', 'STALLED', 'CLASSIFIER', 'DETECTOR', 'STATIC', 'FILES', 'HEADERS', 'packed_log', 'Follower',
            'keep_fields', 'tell_model', 'tell_run', 'tell_advice', 'tell_failure', 'run_ended', 'tell_gpu',
            'tell_machine', 'Sources', 'state_or_reason', 'run_log', 'Watch', 'Told', 'check_viewer', 'view', 'Viewer',
-           'tell_beside', 'serve_viewer', 'page', 'static', 'make_monitor', 'monitor']
+           'tell_beside', 'tell_list', 'serve_viewer', 'page', 'static', 'make_monitor', 'monitor']
 
 # %% ../nbs/08_monitor.ipynb #5ddd9352
 import asyncio
 import gzip
 import hmac
+import math
 import os
 import re
 import time
@@ -236,6 +237,7 @@ class Watch:
     def __init__(self, sources: Sources, key: str = "", first: str = "") -> None:
         self.sources, self.key, self.first, self.machine = sources, key, first, {}
         self.told: dict[Path, Told] = {}
+        self.listed, self.list_again = [], 0.0
         self.meter = ThreadPoolExecutor(1, "meter")  # one thread: the processor's share is counted by thread
 
     async def measure(self) -> None:
@@ -249,6 +251,17 @@ class Watch:
             except Exception as e:  # a figure that failed once may come back
                 self.machine = {"error": f"{type(e).__name__}: {e}"}
             await asyncio.sleep(1)
+
+    async def list_sources(self, anew: bool = False) -> list[dict[str, Any]]:
+        "List what can be watched; viewers share one reading, which is made again every five seconds, and at most a hundredth of the time."
+        if anew or time.monotonic() >= self.list_again:
+            self.list_again = math.inf  # one reading at a time
+            begun = time.monotonic()
+            try:
+                self.listed = await asyncio.to_thread(self.sources.list)
+            finally:
+                self.list_again = time.monotonic() + max(5.0, 100 * (time.monotonic() - begun))
+        return self.listed
 
     async def tell(self, run: Path) -> bytes:
         "Say everything about a run; viewers share one reading. A long run is read at most a twentieth of the time, and at once when its process is gone."
@@ -302,14 +315,21 @@ async def view(socket: WebSocket) -> None:
 
 # %% ../nbs/08_monitor.ipynb #84722516
 class Viewer:
-    "What a viewer has said: how far it has shown the log, which other run it compares with, and that it has gone."
+    "What a viewer has said: how far it has shown the log, which other run it compares with, and that it has gone; and what it was told last."
 
     def __init__(self, socket: WebSocket, offset: int, sources: Sources) -> None:
-        self.shown, self.sources, self.beside, self.listening = offset, sources, None, asyncio.create_task(self.listen(socket))
+        self.socket, self.shown, self.sources, self.beside, self.told = socket, offset, sources, None, {}
+        self.listening = asyncio.create_task(self.listen())
 
-    async def listen(self, socket: WebSocket) -> None:
+    async def tell(self, kind: str, said: bytes) -> None:
+        "Send what is not what was sent last."
+        if said and said != self.told.get(kind):
+            self.told[kind] = said
+            await self.socket.send_text(said.decode())
+
+    async def listen(self) -> None:
         "Note what is said, until the viewer goes."
-        while (message := await socket.receive())["type"] == "websocket.receive":
+        while (message := await self.socket.receive())["type"] == "websocket.receive":
             text = message.get("text") or ""
             if text.isdecimal():
                 self.shown = int(text)
@@ -334,16 +354,21 @@ async def tell_beside(watch: Watch, run: Path | None) -> bytes:
     return told.replace(b'"type":"run"', b'"type":"beside"', 1)
 
 # %% ../nbs/08_monitor.ipynb #444d79f9
+async def tell_list(watch: Watch) -> bytes:
+    "Say what can be watched now."
+    return orjson.dumps({"type": "list", "sources": await watch.list_sources()})
+
+
 async def serve_viewer(socket: WebSocket, watch: Watch, name: str, offset: int) -> None:
     "Send log, state and machine as they change, until the viewer goes."
-    sources = await asyncio.to_thread(watch.sources.list)
+    sources = await watch.list_sources(anew=True)
     name = name or (sources[0]["name"] if sources else "")
     await socket.send_text(orjson.dumps({"type": "sources", "sources": sources, "source": name}).decode())
     try:
         log, run = await asyncio.to_thread(watch.sources.find, name)
     except PillSnapError as e:
         return await socket.close(4404, str(e).encode()[:120].decode("utf-8", "ignore"))
-    follower, last, told, other, viewer = Follower(log, max(0, offset)), 0.0, b"", b"", Viewer(socket, offset, watch.sources)
+    follower, last, viewer = Follower(log, max(0, offset)), 0.0, Viewer(socket, offset, watch.sources)
     while not viewer.gone:
         ahead = follower.offset - viewer.shown > AHEAD
         data, anew = (b"", False) if ahead else await asyncio.to_thread(follower.read)
@@ -353,16 +378,11 @@ async def serve_viewer(socket: WebSocket, watch: Watch, name: str, offset: int) 
         if data:
             await socket.send_bytes(follower.offset.to_bytes(8, "big") + data)
         if time.monotonic() - last > 1:
-            last = time.monotonic()
-            now = await watch.tell(run) if run else b""
-            if now != told and now:
-                await socket.send_text(now.decode())
-            told = now
-            if (now := await tell_beside(watch, viewer.beside)) != other:
-                await socket.send_text(now.decode())
-            other = now
-            await socket.send_text(orjson.dumps({"type": "machine"} | watch.machine).decode())
-            run = run or await asyncio.to_thread(watch.sources.run_of, log)
+            last, run = time.monotonic(), run or await asyncio.to_thread(watch.sources.run_of, log)
+            await viewer.tell("run", await watch.tell(run) if run else b"")
+            await viewer.tell("beside", await tell_beside(watch, viewer.beside))
+            await viewer.tell("list", await tell_list(watch))
+            await socket.send_text(orjson.dumps({"type": "machine"} | watch.machine).decode())  # always: a page that hears nothing says so
         if len(data) < PIECE:
             await asyncio.wait([viewer.listening], timeout=0.02 if ahead else 0.2)
 

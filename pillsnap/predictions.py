@@ -18,13 +18,14 @@ import numpy as np
 import pandas as pd
 
 from .aihub import pill_source, read_photo
+from .bundle import hash_file
 from .classifier import Predicted, load_classifier, predict, predict_crops, score, softmax
 from .core import Parameters, PillSnapError, Stage, open_roots, parse_overrides, pick_device
 from .data import Photos, PillDataset, stage_batches
 from .disk import read_json
 from .judge import Judge, Outputs, Reading, fit_judge, save_judge, trusting
 from .manifest import Manifest, load_manifest, unit_hash
-from .pipeline import hash_file, is_smoke
+from .pipeline import is_smoke
 from .preprocess import Preprocess, cover_pill, cut_square
 from .train import classifier_pills
 from .trees import SMOKE

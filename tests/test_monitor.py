@@ -16,11 +16,11 @@ from websockets.sync.client import connect
 
 from browser import CHROMIUM, Browser
 from conftest import PROJECT
-from pillsnap.disk import write_json
-from pillsnap.runs import append_event, read_events
+from pillsnap.disk import read_json, write_json
 from pillsnap.index import build_index
 from pillsnap.manifest import make_manifest
 from pillsnap.monitor import Sources, Watch, make_monitor
+from pillsnap.runs import append_event, read_events
 from pillsnap.serve import run_beside
 from pillsnap.train import launch, prepare_run
 
@@ -154,6 +154,9 @@ def test_search_pause_and_a_run_beside_another(tmp_path, browser):
         for which, name in (("source", "r2"), ("beside", "r1")):
             browser.run(f"document.getElementById('{which}').value = 'stage_0/{name}'; document.getElementById('{which}').onchange()")
             browser.wait("state.run && state.run.run === 'r2'" if which == "source" else "state.beside && state.beside.run === 'r1'")
+        write_json(tmp_path / "runs/stage_0/r3/run.json", read_json(run / "run.json") | {"created": "2026-01-03"})
+        browser.wait("Array.from(document.getElementById('source').options, (one) => one.value).includes('stage_0/r3')", 15)
+        assert browser.run("[state.source, document.getElementById('source').value, document.getElementById('beside').value].join()") == "stage_0/r2,stage_0/r2,stage_0/r1"
         assert "0.75" in (gates := browser.run("document.getElementById('gates').textContent")) and "beside: r1" in gates and "0.5" in gates
         assert "val_top1 0.75, beside 0.5" in browser.run("document.getElementById('curves').textContent") and "pillsnap run manifest --stage 1" in browser.run("document.getElementById('advice').textContent")
         assert browser.complaints == []

@@ -10,11 +10,11 @@ import psutil
 import pytest
 import torch
 
-from pillsnap.disk import read_json, write_json
-from pillsnap.runs import read_events, run_state
 from pillsnap.checkpoints import read_checkpoint
+from pillsnap.disk import read_json, write_json
 from pillsnap.index import ensure_index
 from pillsnap.manifest import ensure_manifest
+from pillsnap.runs import read_events, run_state
 from pillsnap.train import prepare_run
 
 SCRIPT = '''

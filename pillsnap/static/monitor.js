@@ -190,6 +190,12 @@ function forgetRun() {
   for (const id of ["curves", "gates", "events", "advice"]) at(id).replaceChildren();
 }
 
+function showSources(sources) {
+  const option = (one, chosen) => make("option", { value: one.name, textContent: `${one.name} · ${one.state}`, selected: one.name === chosen }), beside = at("beside").value;
+  at("source").replaceChildren(...sources.map((one) => option(one, state.source)));
+  at("beside").replaceChildren(make("option", { value: "", textContent: "nothing" }), ...sources.filter((one) => one.run && one.name !== state.source).map((one) => option(one, beside)));
+}
+
 function compare() {
   if (state.socket && state.socket.readyState === 1) state.socket.send(`beside ${at("beside").value}`);
 }
@@ -201,13 +207,12 @@ function hear(data) {
   if (told.type === "sources") {
     state.wait = 500;
     state.source = told.source;
-    at("source").replaceChildren(...told.sources.map((one) => make("option", { value: one.name, textContent: `${one.name} · ${one.state}`, selected: one.name === told.source })));
-    const chosen = at("beside").value, runs = told.sources.filter((one) => one.run && one.name !== told.source);
-    at("beside").replaceChildren(make("option", { value: "", textContent: "nothing" }), ...runs.map((one) => make("option", { value: one.name, textContent: `${one.name} · ${one.state}`, selected: one.name === chosen })));
+    showSources(told.sources);
     compare();
     const run = told.sources.some((one) => one.name === told.source && one.run);
     if (!run) { forgetRun(); at("state").textContent = told.source || "nothing to watch yet"; }
   }
+  if (told.type === "list") showSources(told.sources);
   if (told.type === "run") { state.run = told; state.toldAt = Date.now(); showRun(); }
   if (told.type === "beside") { state.beside = told.run ? told : null; if (state.run) showRun(); }
   if (told.type === "error") { forgetRun(); at("state").textContent = told.message; at("state").className = "state failed"; }
