@@ -38,7 +38,7 @@ from .core import PillSnapError, open_gpus, suggest
 from .disk import read_json
 from .door import HERE
 from .failures import explain_run
-from .records import event_table, resume_command, tell_state
+from .records import event_rows, resume_command, tell_state
 from .runs import all_runs, is_alive, read_events, read_metrics
 from .serve import open_port
 
@@ -130,7 +130,7 @@ def tell_run(run: Path) -> dict[str, Any]:
     return {
         "run": run.name, "stage": record["key"], "state": tell_state(run), "alive": alive, "stalled": bool(alive and age is not None and age > STALLED), "age_s": None if age is None else round(age, 1), "pid": next((e["pid"] for e in reversed(events) if "pid" in e), None), "device": record.get("device"),
         "classifier": tell_model(events, "", CLASSIFIER, stage["epochs"] * trains["classifier"], any(over)), "detector": tell_model(events, "detector_", DETECTOR, stage["detector_epochs"] * trains["detector"], over[0]),
-        "events": event_table(run).to_dict("records"), "gates": metrics.get("gates", []), "advice": tell_advice(advice), "failure": tell_failure(run),
+        "events": event_rows(run), "gates": metrics.get("gates", []), "advice": tell_advice(advice), "failure": tell_failure(run),
     }
 
 
@@ -264,9 +264,9 @@ class Watch:
         return self.listed
 
     async def tell(self, run: Path) -> bytes:
-        "Say everything about a run; viewers share one reading. A long run is read at most a twentieth of the time, and at once when its process is gone."
+        "Say everything about a run; viewers share one reading. A run is read at most a hundredth of the time, and at once when its process is gone."
         known = self.told.get(run)
-        if known and time.monotonic() - known.at < max(0.9, 20 * known.took) and (known.pid is None or psutil.pid_exists(known.pid)):
+        if known and time.monotonic() - known.at < max(0.9, 100 * known.took) and (known.pid is None or psutil.pid_exists(known.pid)):
             return known.said
         begun, pid = time.monotonic(), None
         try:
@@ -422,6 +422,7 @@ def monitor(sources: Sources, host: str, port: int, key: str = "", first: str = 
         raise PillSnapError(f"without a key only this machine may watch, not {host}: set PILL_API_KEY to a word of your own, or leave --host out")
     if first:
         sources.find(first)
+    os.nice(10)  # a training on the same cores goes first
     with open_port(host, port) as listening:
         print(f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/", flush=True)
         config = uvicorn.Config(make_monitor(Watch(sources, key, first)), lifespan="on", log_level=level, access_log=False, server_header=False, ws="websockets-sansio", timeout_graceful_shutdown=2)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'TOLD', 'KEPT', 'COMPARED', 'epoch_table', 'plot_training', 'plot_detector', 'detector_epochs', 'plot_pace',
-           'time_table', 'event_table', 'as_command', 'resume_command', 'tell_state', 'tell_progress', 'progress_table',
-           'unfinished', 'describe_kept', 'describe_batch', 'summarise_run', 'summarise_classifier',
+           'time_table', 'event_rows', 'event_table', 'as_command', 'resume_command', 'tell_state', 'tell_progress',
+           'progress_table', 'unfinished', 'describe_kept', 'describe_batch', 'summarise_run', 'summarise_classifier',
            'summarise_detector', 'compare_runs']
 
 # %% ../nbs/03eb_records.ipynb #4172ab88
@@ -96,7 +96,7 @@ TOLD = {"launched": lambda e: f"process {e['pid']}", "note": lambda e: e["messag
         "detector_start": lambda e: f"from epoch {e['from_epoch'] + 1}", "detector_end": lambda e: f"best epoch {e['best_epoch']}", "ended": lambda e: f"the process ended with status {e['status']}", "end": lambda e: "complete"}
 
 
-def event_table(run: Path, most: int = 30) -> pd.DataFrame:  # columns at, event, what
+def event_rows(run: Path, most: int = 30) -> list[dict[str, str]]:  # at, event, what
     "Tell what happened to a run; of more than `most` events the first and the last."
     events = read_events(run)
     begun = datetime.fromisoformat(events[0]["time"]) if events else None
@@ -105,7 +105,12 @@ def event_table(run: Path, most: int = 30) -> pd.DataFrame:  # columns at, event
         rows.append({"at": "", "event": "skipped", "what": f"{len(skipped)} unreadable photos, the first {min(skipped)}"})
     if len(rows) > most:
         rows[most // 2 : len(rows) - most // 2] = [{"at": "", "event": "…", "what": f"{len(rows) - 2 * (most // 2)} more in events.jsonl"}]
-    return pd.DataFrame(rows, columns=["at", "event", "what"])
+    return rows
+
+
+def event_table(run: Path, most: int = 30) -> pd.DataFrame:  # columns at, event, what
+    "Tell what happened to a run as a table."
+    return pd.DataFrame(event_rows(run, most), columns=["at", "event", "what"])
 
 # %% ../nbs/03eb_records.ipynb #9d0e57dc
 def as_command(notebook: str, given: dict[str, str]) -> str:
