@@ -35,7 +35,7 @@ notebooks() {
 }
 
 saved_outputs() {
-    python tests/count_cells.py "$scratch/saved" nbs/00_core.ipynb nbs/00b_drugs.ipynb nbs/03_preprocess.ipynb &&
+    python tests/count_cells.py "$scratch/saved" nbs/00_core.ipynb nbs/00aa_disk.ipynb nbs/00ab_runs.ipynb nbs/00b_drugs.ipynb nbs/03_preprocess.ipynb &&
         python -m pytest -q --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg -p no:cacheprovider --rootdir "$scratch" "$scratch/saved"
 }
 
