@@ -131,5 +131,5 @@ def measure_watching(bench: Bench) -> Section:
     cores, (mean, least, most) = os.cpu_count() or 1, mean_ratio(seconds)
     table = pd.DataFrame([{"what": "the monitor takes of one core", "figure": f"{share:.2%}"}, {"what": f"the monitor takes of the machine's {cores}", "figure": f"{share / cores:.2%}"},
                           {"what": f"mean over {len(seconds)} pairs of epochs, watched beside not", "figure": f"{mean:.3f} ({least:.3f} to {most:.3f})"}])
-    notes = (f"The smoke network on drawn pills, {rounds} rounds of {pairs} pairs of epochs, one watched and one not. Epochs here take a few seconds, so the monitor has far more to tell than in a real stage.",)
+    notes = (f"The smoke network on drawn pills, {rounds} rounds of {pairs} pairs of epochs, one watched and one not. Epochs here take a second or two, so the monitor has far more to tell than in a real stage.",)
     return Section((Pair("a training goes on", "watched: the monitor and a viewer", "nobody watches", "images/s", told, alone),), {"What watching takes": table}, notes)

@@ -59,7 +59,7 @@ def choose_notebook(name: str, settings: Settings) -> Path:
 
 # %% ../nbs/10_cli.ipynb #00a31ae2
 def check_request(notebook: Path, given: dict[str, Any], settings: Settings) -> Stage:
-    "Refuse at once what the notebook would refuse: unknown parameter, stage or field, missing data, stale module."
+    "Refuse at once what the notebook would refuse: unknown parameter, stage or field, missing data, stale module, a list of suspects that cannot be read, a final test that may not be."
     allowed = notebook_parameters(notebook)
     for name in given:
         if name not in allowed:
@@ -73,10 +73,9 @@ def check_request(notebook: Path, given: dict[str, Any], settings: Settings) -> 
         from pillsnap.manifest import read_exclusions
 
         read_exclusions(stage.exclude)
-    if given.get("final_test"):
+    if given.get("final_test") and ((run := find_run(settings, stage.key, given.get("run", ""))) / "best.safetensors").exists():
         from pillsnap.final import earlier_readings
 
-        run = find_run(settings, stage.key, given.get("run", ""))
         earlier_readings(settings, read_json(run / "run.json")["manifest_hash"], run, given["final_test"])
     return stage
 

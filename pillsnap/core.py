@@ -47,7 +47,11 @@ def load_late(name: str) -> None:
         if attribute.startswith("__") and attribute != "__version__":  # what `inspect` asks of every module
             raise AttributeError(attribute)
         del module.__getattr__
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            sys.modules.pop(name, None)
+            raise
         return getattr(module, attribute)
 
     module.__getattr__ = load
@@ -433,7 +437,11 @@ def stale_modules(
     "Compare every notebook's exported cells with its module, cell by cell."
     stale = []
     for path in sorted((project / "nbs").glob("[0-9]*.ipynb")):
-        sources = ["".join(c["source"]) for c in json.loads(path.read_text("utf-8"))["cells"] if c["cell_type"] == "code"]
+        try:
+            cells = json.loads(path.read_text("utf-8"))["cells"]
+        except (OSError, ValueError, KeyError) as e:
+            raise PillSnapError(f"{path} is no notebook that can be read: {type(e).__name__}: {e}") from None
+        sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
         names = [m[1] for s in sources if (m := re.match(r"#\s*\|\s*default_exp (\w+)", s))]
         module = project / "pillsnap" / f"{names[0]}.py" if names else None
         text = module.read_text("utf-8") if module and module.exists() else ""

@@ -62,9 +62,10 @@ def weights_and_biases(run: Path, stage: Stage) -> Iterator[Write]:
     "Log to the stage's project; raises PillSnapError if that cannot be begun."
     try:
         import wandb
+
+        quiet = wandb.Settings(console="off", silent=True, init_timeout=30, x_disable_meta=True, x_disable_stats=True, disable_git=True, disable_code=True)  # loads the package
     except ModuleNotFoundError:
         raise PillSnapError(f"wandb={stage.wandb} needs the package wandb: pip install -c constraints.txt wandb, or leave wandb empty") from None
-    quiet = wandb.Settings(console="off", silent=True, init_timeout=30, x_disable_meta=True, x_disable_stats=True, disable_git=True, disable_code=True)
     try:
         log = wandb.init(project=stage.wandb, name=f"{stage.key}/{run.name}", id=hashlib.sha256(str(run).encode()).hexdigest()[:12], resume="allow", dir=str(run), config=asdict(stage), settings=quiet)
     except Exception as e:  # no key, no network, no room: each has a class of its own

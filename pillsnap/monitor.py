@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PIECE', 'AHEAD', 'STALLED', 'CLASSIFIER', 'DETECTOR', 'STATIC', 'FILES', 'HEADERS', 'packed_log', 'Follower',
            'keep_fields', 'tell_model', 'tell_run', 'tell_advice', 'tell_failure', 'run_ended', 'tell_gpu',
-           'tell_machine', 'Sources', 'state_or_reason', 'run_log', 'Watch', 'Told', 'check_viewer', 'view', 'Viewer',
-           'tell_beside', 'tell_list', 'serve_viewer', 'page', 'static', 'make_monitor', 'monitor']
+           'tell_machine', 'Sources', 'state_or_reason', 'run_log', 'Watch', 'Told', 'timed', 'check_viewer', 'view',
+           'Viewer', 'tell_beside', 'tell_list', 'serve_viewer', 'page', 'static', 'make_monitor', 'monitor']
 
 # %% ../nbs/08_monitor.ipynb #5ddd9352
 import asyncio
@@ -16,7 +16,7 @@ import math
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -256,36 +256,42 @@ class Watch:
         "List what can be watched; viewers share one reading, which is made again every five seconds, and at most a hundredth of the time."
         if anew or time.monotonic() >= self.list_again:
             self.list_again = math.inf  # one reading at a time
-            begun = time.monotonic()
+            took = 0.0
             try:
-                self.listed = await asyncio.to_thread(self.sources.list)
+                self.listed, took = await asyncio.to_thread(timed, self.sources.list)
             finally:
-                self.list_again = time.monotonic() + max(5.0, 100 * (time.monotonic() - begun))
+                self.list_again = time.monotonic() + max(5.0, min(60.0, 100 * took))
         return self.listed
 
     async def tell(self, run: Path) -> bytes:
-        "Say everything about a run; viewers share one reading. A run is read at most a hundredth of the time, and at once when its process is gone."
+        "Say everything about a run; viewers share one reading. Reading takes at most a hundredth of a core, unless that would be less often than every 15 s; a run whose process is gone is read at once."
         known = self.told.get(run)
-        if known and time.monotonic() - known.at < max(0.9, 100 * known.took) and (known.pid is None or psutil.pid_exists(known.pid)):
+        if known and time.monotonic() - known.at < max(0.9, min(15.0, 100 * known.took)) and (known.pid is None or psutil.pid_exists(known.pid)):
             return known.said
-        begun, pid = time.monotonic(), None
+        took, pid = 0.0, None
         try:
-            told = await asyncio.to_thread(tell_run, run)
+            told, took = await asyncio.to_thread(timed, tell_run, run)
             said, pid = orjson.dumps({"type": "run"} | told, default=str), told["pid"] if told["alive"] else None
         except Exception as e:  # a file in writing, or an odd one: the next reading may be good
             said = orjson.dumps({"type": "error", "message": f"{run.name} cannot be read at this moment: {type(e).__name__}: {e}"})
         now = time.monotonic()
-        self.told = {other: kept for other, kept in self.told.items() if now - kept.at < 60} | {run: Told(now, now - begun, said, pid)}
+        self.told = {other: kept for other, kept in self.told.items() if now - kept.at < 60} | {run: Told(now, took, said, pid)}
         return said
 
 # %% ../nbs/08_monitor.ipynb #894db78a
 @dataclass(frozen=True)
 class Told:
-    "What was said about a run, when, how long that took, and by which process it trains."
-    at: float
-    took: float
+    "What was said about a run, when, how much of the processor that took, and by which process it trains."
+    at: float  # s
+    took: float  # s
     said: bytes
     pid: int | None
+
+
+def timed(read: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:  # what it returns; s of the processor
+    "Call a function, and say what that took, without the time it waited."
+    begun = time.thread_time()
+    return read(*arguments), time.thread_time() - begun
 
 
 def check_viewer(socket: WebSocket, watch: Watch) -> bool:

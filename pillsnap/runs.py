@@ -212,7 +212,7 @@ def read_on(path: Path) -> list[dict[str, Any]]:
         return []
     new, whole = parse_lines(data)
     EVENTS[path] = EventsRead(status.st_ino, head, known.offset + whole, known.events + new)
-    for old in list(EVENTS)[:-8]:
+    for old in list(EVENTS)[:-40]:  # a list of runs has thirty
         del EVENTS[old]
     last = parse_event(data[whole:].decode("utf-8", "replace"))
     return EVENTS[path].events + ([last] if last else [])

@@ -200,4 +200,7 @@ def name_gpu() -> str:
         return "none"
     import pynvml
 
-    return ", ".join(f"{pynvml.nvmlDeviceGetName(gpu)} {pynvml.nvmlDeviceGetMemoryInfo(gpu).total / 1e9:.0f} GB" for gpu in gpus) + f", driver {pynvml.nvmlSystemGetDriverVersion()}"
+    try:
+        return ", ".join(f"{pynvml.nvmlDeviceGetName(gpu)} {pynvml.nvmlDeviceGetMemoryInfo(gpu).total / 1e9:.0f} GB" for gpu in gpus) + f", driver {pynvml.nvmlSystemGetDriverVersion()}"
+    except pynvml.NVMLError as e:  # a card that does not tell its memory
+        return f"{len(gpus)}, not described: {e}"

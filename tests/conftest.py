@@ -13,7 +13,8 @@ import pytest
 from pillsnap.core import Parameters, data_roots, get_stage, load_settings
 from pillsnap.trees import SynthSpec, synthesise
 
-KILLS = int(os.environ.pop("PILLSNAP_KILLS", 5))  # how often tests of kills kill; taken out, because settings refuse names they do not know
+os.environ["TEST_KILLS"] = os.environ.pop("PILLSNAP_KILLS", os.environ.get("TEST_KILLS", "5"))  # settings refuse names they do not know; pytest's workers read it again
+KILLS = int(os.environ["TEST_KILLS"])  # how often tests of kills kill
 PROJECT = Path(__file__).resolve().parent.parent
 
 
@@ -23,7 +24,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.option.markexpr:
+    if "slow" not in config.option.markexpr:
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))

@@ -5,7 +5,8 @@ cd "$(dirname "$0")/.."
 bin=$PWD/.venv/bin
 export PATH="$bin:$PATH"
 scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
+lane=
+trap '[ -z "$lane" ] || kill -- "-$lane" 2> /dev/null; rm -rf "$scratch"' EXIT
 # what the tests write never meets what a person has made
 export PILLSNAP_WORK=$scratch/work PILLSNAP_REPORTS=$scratch/reports PILLSNAP_MANIFESTS=$scratch/manifests PILLSNAP_DATA_ROOT=
 
@@ -25,29 +26,33 @@ in_sync() {
     [ "$before" = "$after" ] || { git status --porcelain; echo "notebooks were not clean, or not in sync with pillsnap/: nbdev_clean and nbdev_export have just mended it; commit that"; return 1; }
 }
 
-# Two lanes, one for each core: in the first a notebook needs what the one before it trained, wrote or exported.
-notebooks() {
-    local stages='^(04_|05|06|07)' failed=0
-    step "stages' notebooks run (nbdev_test)" nbdev_test --n_workers 1 --file_re "$stages" &
-    step "the other notebooks run (nbdev_test)" nbdev_test --n_workers 1 --skip_file_re "$stages|^[_.]" || failed=1
-    wait $! || failed=1
+# Two at once, one for each core.
+both() {
+    local failed=0
+    set -m  # the first in a group of its own, which an interruption ends with this script
+    "$1" < /dev/null &
+    lane=$!
+    set +m
+    "$2" || failed=1
+    wait "$lane" || failed=1
+    lane=
     return $failed
 }
 
-saved_outputs() {
-    python tests/count_cells.py "$scratch/saved" nbs/00_core.ipynb nbs/00aa_disk.ipynb nbs/00ab_runs.ipynb nbs/00b_drugs.ipynb nbs/03_preprocess.ipynb &&
-        python -m pytest -q --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg -p no:cacheprovider --rootdir "$scratch" "$scratch/saved"
-}
+stages='^(04_|05|06|07)'  # notebooks that need what the one before them trained, wrote or exported
+stage_notebooks() { step "stages' notebooks run (nbdev_test)" nbdev_test --n_workers 1 --file_re "$stages"; }
+other_notebooks() { step "the other notebooks run (nbdev_test)" nbdev_test --n_workers 1 --skip_file_re "$stages|^[_.]"; }
 
-a_stage() {
-    papermill nbs/04_train.ipynb "$scratch/04_train.ipynb" -p stage 0 -p overrides "epochs=2 detector_epochs=1 name=papermill" --no-progress-bar
-}
+saved="nbs/00_core.ipynb nbs/00aa_disk.ipynb nbs/00ab_runs.ipynb nbs/00b_drugs.ipynb nbs/03_preprocess.ipynb"
+collect_saved() { python tests/count_cells.py "$scratch/saved" $saved; }
+saved_outputs() { step "saved outputs hold (nbval)" python -m pytest -q --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg -p no:cacheprovider --rootdir "$scratch" "$scratch/saved"; }
+a_stage() { step "a stage through papermill" papermill nbs/04_train.ipynb "$scratch/04_train.ipynb" -p stage 0 -p overrides "epochs=2 detector_epochs=1 name=papermill" --no-progress-bar; }
 
 begin=$SECONDS
 step "notebooks clean, module in sync" in_sync
-step "notebooks" notebooks
-step "saved outputs hold (nbval)" saved_outputs
-step "a stage through papermill" a_stage
+both stage_notebooks other_notebooks
+collect_saved
+both a_stage saved_outputs
 step "tests, two at a time (pytest)" python -m pytest -q -n 2 --dist loadfile -m "not alone and not slow" tests
 step "tests that want the machine alone (pytest)" python -m pytest -q -m "alone and not slow" tests
 echo "── all: $((SECONDS - begin)) s"

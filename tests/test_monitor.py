@@ -24,7 +24,6 @@ from pillsnap.runs import append_event, read_events
 from pillsnap.serve import run_beside
 from pillsnap.train import launch, prepare_run
 
-pytestmark = pytest.mark.alone
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
 BUSY = r"""
 import sys, time
@@ -72,6 +71,7 @@ def browser():
 TEXT = "Array.from({length: terminal.buffer.active.length}, (_, i) => terminal.buffer.active.getLine(i).translateToString(true)).join('\\n')"
 
 
+@pytest.mark.alone
 @needs_browser
 def test_a_command_is_seen_within_a_second_with_its_colours(environ, browser, tmp_path):
     "`pillsnap watch`: what is printed is in the page within a second; its end is the command's; its log stays."
@@ -103,6 +103,7 @@ def test_a_signal_reaches_the_command_and_nothing_is_left(environ, number):
     assert not alive and url
 
 
+@pytest.mark.alone
 @needs_browser
 def test_a_killed_training_is_shown_as_gone(plan, tree, browser, tmp_path):
     "A real training: the page says that it runs, with its figures; killed, it says so within seconds; nothing of it is made up."

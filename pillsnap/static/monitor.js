@@ -191,9 +191,11 @@ function forgetRun() {
 }
 
 function showSources(sources) {
-  const option = (one, chosen) => make("option", { value: one.name, textContent: `${one.name} · ${one.state}`, selected: one.name === chosen }), beside = at("beside").value;
-  at("source").replaceChildren(...sources.map((one) => option(one, state.source)));
-  at("beside").replaceChildren(make("option", { value: "", textContent: "nothing" }), ...sources.filter((one) => one.run && one.name !== state.source).map((one) => option(one, beside)));
+  const beside = at("beside").value === state.source ? "" : at("beside").value, runs = sources.filter((one) => one.run && one.name !== state.source);
+  const option = (one, chosen) => make("option", { value: one.name, textContent: `${one.name} · ${one.state}`, selected: one.name === chosen });
+  const listed = (ones, chosen) => (!chosen || ones.some((one) => one.name === chosen) ? ones : [...ones, { name: chosen, state: "no longer listed" }]).map((one) => option(one, chosen));
+  at("source").replaceChildren(...listed(sources, state.source));
+  at("beside").replaceChildren(make("option", { value: "", textContent: "nothing" }), ...listed(runs, beside));
 }
 
 function compare() {
