@@ -53,6 +53,6 @@ step "notebooks clean, module in sync" in_sync
 both stage_notebooks other_notebooks
 collect_saved
 both a_stage saved_outputs
-step "tests, two at a time (pytest)" python -m pytest -q -n 2 --dist loadfile -m "not alone and not slow" tests
+step "tests, two at a time (pytest)" python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not alone and not slow" tests
 step "tests that want the machine alone (pytest)" python -m pytest -q -m "alone and not slow" tests
 echo "── all: $((SECONDS - begin)) s"
