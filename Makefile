@@ -20,7 +20,7 @@ $(READY): settings.ini setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || { echo "PillSnap needs Python 3.11 or 3.12, $(PYTHON) is $$($(PYTHON) -V 2>&1); give another with: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
 	@echo "Setting up .venv: about 3.1 GB to download (torch with its CUDA libraries is most of it), 7.3 GB on the disk."
 	$(PYTHON) -m venv .venv
-	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,dev]'
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -e '.[train,dev]'
 	@touch $@
 
 demo: $(READY)
