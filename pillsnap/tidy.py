@@ -204,7 +204,7 @@ def clean(items: Iterable[Item]) -> tuple[int, list[str]]:  # bytes freed; what 
 
 # %% ../nbs/03i_tidy.ipynb #de46b59d
 HOLDS = {"runs": "trainings: weights, events, reports' figures", "bundles": "what is served", "cache": "decoded pills; made again when they are needed", "inspected": "what was read of labels and photos; read again when needed, which takes long on real data",
-         "index": "tables of the data; made again", "bank": "cut-outs; made again", "masks": "masks of pills; made again", "synthetic": "drawn photos; drawn again", "terminal": "logs of terminals", "locks": "of processes", "ultralytics": "its settings", **dict.fromkeys(("ablation", "phone", "unknowns", "labels", "benchmark", "benchmark_detector"), "trainings of the benchmark book; trained again"), "releases": "archives of releases"}
+         "index": "tables of the data; made again", "bank": "cut-outs; made again", "masks": "masks of pills; made again", "synthetic": "drawn photos; drawn again", "readers": "networks that read imprints; trained again, in minutes", "terminal": "logs of terminals", "locks": "of processes", "ultralytics": "its settings", **dict.fromkeys(("ablation", "phone", "unknowns", "labels", "benchmark", "benchmark_detector"), "trainings of the benchmark book; trained again"), "releases": "archives of releases"}
 
 
 def tell_usage(settings: Settings) -> pd.DataFrame:  # columns folder, bytes, what; largest first

@@ -5,8 +5,18 @@ cd "$(dirname "$0")/.."
 bin=$PWD/.venv/bin
 export PATH="$bin:$PATH"
 scratch=$(mktemp -d)
-lane=
-trap '[ -z "$lane" ] || kill -- "-$lane" 2> /dev/null; rm -rf "$scratch"' EXIT
+lanes=()
+signal_lanes() { local lane; for lane in "${lanes[@]}"; do kill "-$1" -- "-$lane" 2> /dev/null || true; done; }
+lanes_live() { local lane; for lane in "${lanes[@]}"; do kill -0 -- "-$lane" 2> /dev/null && return 0; done; return 1; }
+end_lanes() {
+    signal_lanes INT  # so that tests end what they have started
+    for _ in {1..50}; do lanes_live || break; sleep 0.2; done
+    signal_lanes KILL
+    rm -rf "$scratch"
+}
+trap end_lanes EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM HUP
 # what the tests write never meets what a person has made
 export PILLSNAP_WORK=$scratch/work PILLSNAP_REPORTS=$scratch/reports PILLSNAP_MANIFESTS=$scratch/manifests PILLSNAP_DATA_ROOT=
 
@@ -26,16 +36,18 @@ in_sync() {
     [ "$before" = "$after" ] || { git status --porcelain; echo "notebooks were not clean, or not in sync with pillsnap/: nbdev_clean and nbdev_export have just mended it; commit that"; return 1; }
 }
 
-# Two at once, one for each core.
+# Two lanes at once, each in a group of its own, which an interruption ends.
 both() {
-    local failed=0
-    set -m  # the first in a group of its own, which an interruption ends with this script
-    "$1" < /dev/null &
-    lane=$!
+    local failed=0 lane
+    lanes=()
+    set -m
+    for lane in "$@"; do
+        "$lane" < /dev/null &
+        lanes+=($!)
+    done
     set +m
-    "$2" || failed=1
-    wait "$lane" || failed=1
-    lane=
+    for lane in "${lanes[@]}"; do wait "$lane" || failed=1; done
+    lanes=()
     return $failed
 }
 
