@@ -60,13 +60,11 @@ collect_saved() { python tests/count_cells.py "$scratch/saved" $saved; }
 saved_outputs() { step "saved outputs hold (nbval)" python -m pytest -q --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg -p no:cacheprovider --rootdir "$scratch" "$scratch/saved"; }
 a_stage() { step "a stage through papermill" papermill nbs/04_train.ipynb "$scratch/04_train.ipynb" -p stage 0 -p overrides "epochs=2 detector_epochs=1 name=papermill" --no-progress-bar; }
 
-two_at_a_time() { step "tests, two at a time (pytest)" python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not alone and not slow" tests; }
-saved_and_stage() { saved_outputs && a_stage; }
-
 begin=$SECONDS
 step "notebooks clean, module in sync" in_sync
 both stage_notebooks other_notebooks
 collect_saved
-both saved_and_stage two_at_a_time
+both a_stage saved_outputs
+step "tests, two at a time (pytest)" python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not alone and not slow" tests
 step "tests that want the machine alone (pytest)" python -m pytest -q -m "alone and not slow" tests
 echo "── all: $((SECONDS - begin)) s"
