@@ -108,6 +108,8 @@ def two_peaks(lines: np.ndarray) -> np.ndarray:  # (n, columns, 36) → (n, 2, 3
     return np.stack([lines.max(1), np.where(near, 0, lines).max(1)], axis=1)
 
 
+
+# %% ../nbs/03eda_imprints.ipynb #728cb85c
 def match_texts(lines: np.ndarray, texts: Sequence[str], chunk: int = 64) -> np.ndarray:  # (n, 4, columns, 36), texts of LETTERS → (n, texts)
     "Say how well pills agree with texts, as log-likelihoods, some pills at a time; 0 at best."
     unique, place = np.unique(np.array(texts, str), return_inverse=True)
@@ -115,7 +117,8 @@ def match_texts(lines: np.ndarray, texts: Sequence[str], chunk: int = 64) -> np.
     return np.concatenate(parts)[:, place] if parts else np.empty((0, len(texts)), np.float32)
 
 
-def match_some(lines: np.ndarray, texts: Sequence[str]) -> np.ndarray:
+def match_some(lines: np.ndarray, texts: Sequence[str]) -> np.ndarray:  # (n, 4, columns, 36) → (n, texts)
+    "Match all pills at once: the texts of one length together."
     n, kept, columns, _ = lines.shape
     flat = lines.reshape(n * kept, columns, len(LETTERS))
     logs, absent = (np.log((p + FLOOR) / (1 + FLOOR)) for p in (flat, 1 - two_peaks(flat)))  # (n * 4, columns, 36), (n * 4, 2, 36)

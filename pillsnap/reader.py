@@ -81,6 +81,8 @@ def draw_written(spec: ReaderSpec, drug: int) -> Written:
     return Written(np.stack(squares).astype(np.float16), np.array(letters))
 
 
+
+# %% ../nbs/03j_reader.ipynb #ff359f54
 @dataclass(frozen=True)
 class Drawn(Dataset):
     "The drugs that a reader learns from, each drawn when it is asked for."
@@ -138,6 +140,8 @@ def letter_window(written: Written, rng: np.random.Generator) -> tuple[np.ndarra
     return turn_window(even, x, y, turn, PATCH, scale), int(letter)
 
 
+
+# %% ../nbs/03j_reader.ipynb #0b19d57a
 @dataclass(eq=False)
 class Windows(IterableDataset):
     "Batches of windows, each with a generator of its own."
@@ -170,6 +174,8 @@ def check_steps(spec: ReaderSpec) -> int:
     return steps
 
 
+
+# %% ../nbs/03j_reader.ipynb #1f37f300
 def train_reader(written: Written, spec: ReaderSpec) -> nn.Module:
     "Train a reader."
     steps = check_steps(spec)

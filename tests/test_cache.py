@@ -560,7 +560,7 @@ class TestFullDisk:
             build.run()
         assert [path.name for path in build.work.iterdir()] == ["locks"]
 
-    @pytest.mark.parametrize("fullest, leave, error", [(0.85, 400_000, "the cache writes no further: .* long work stops at 85%"), (2.0, 0, r"no space left for .*/\.?000")], ids=["past 85 percent", "no room at all"])
+    @pytest.mark.parametrize("fullest, leave, error", [(0.85, 400_000, "the cache writes no further: .* long work stops at 85%"), (2.0, 0, "no space left for .*/000")], ids=["past 85 percent", "no room at all"])
     def test_a_disk_that_fills_up_meanwhile_keeps_what_was_built(self, disks, begin, plan_build, lone, fullest, leave, error):
         told, left, after, made = begin(build_twice, plan_build(), 4_000_000, fullest, leave).answer()
         assert re.search(error, told) and 0 < len(left) < SHARDS
