@@ -9,7 +9,7 @@ __all__ = ['check_tag', 'read_weights', 'build_classifier', 'model_preprocess', 
 # %% ../nbs/03c_classifier.ipynb #d4e53225
 import json
 import pickle
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,12 @@ class Predicted:
     labels: np.ndarray  # (n,)
     rows: np.ndarray  # (n,) of the data set
     skipped: list[int]  # rows that could not be read
+    lines: np.ndarray | None = None  # (n, …) what `read` gave
+
+    @property
+    def outputs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:  # logits, features, lines
+        "Give what a judge reads."
+        return self.logits, self.features, self.lines
 
 # %% ../nbs/03c_classifier.ipynb #5f024d0a
 @torch.inference_mode()
@@ -101,20 +107,22 @@ def predict(
     loader: Iterable,  # batches from pillsnap.data
     pre: Preprocess,
     device: str,
+    read: Callable[[np.ndarray], np.ndarray] | None = None,  # what else is to be seen on crops (b, s, s, 3) uint8
 ) -> Predicted:
     "Run a model over a loader; raises PillSnapError if no pill can be read."
     model.eval()
-    logits, features, labels, rows, skipped = [], [], [], [], []
+    logits, features, labels, lines, rows, skipped = [], [], [], [], [], []
     for crops, yb, taken, left in loader:
         skipped += left
         if taken:
             for part, kept in zip(see_features(model, to_input(crops.to(device, non_blocking=True), pre)), (logits, features)):
                 kept.append(part.float().cpu().numpy())
             labels.append(yb.numpy())
+            lines += [read(crops.numpy())] if read else []
             rows += taken
     if not rows:
         raise PillSnapError(f"no readable pill to predict ({len(skipped)} unreadable)")
-    return Predicted(np.concatenate(logits), np.concatenate(features), np.concatenate(labels), np.array(rows), skipped)
+    return Predicted(np.concatenate(logits), np.concatenate(features), np.concatenate(labels), np.array(rows), skipped, np.concatenate(lines) if read else None)
 
 # %% ../nbs/03c_classifier.ipynb #5b228a21
 def softmax(logits: np.ndarray) -> np.ndarray:  # (n, classes), rows sum to 1

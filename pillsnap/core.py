@@ -194,6 +194,7 @@ class Stage(DetectorFields):
     prefetch: int = number(0, "batches", 0, 64, "batches ahead per worker; 0: 4, fewer where that takes more than 2 GB")
     pin: Literal["auto", "on", "off"] = choice("auto", "page-locked memory for batches; auto: with a GPU")
     skip_unreadable: bool = choice(False, "skip and count unreadable photos instead of stopping")
+    imprints: bool = choice(False, "evaluation and bundle read the letters on pills and match them with the registry's; the reader is trained once, in minutes")
     tensorboard: bool = choice(True, "write TensorBoard files into the run")
     wandb: str = choice("", "Weights & Biases project that is told of each epoch; empty: none", r"^[\w.-]*$")
     hours: float = number(0.05, "hours", 0.001, 1000, "training time the stage should need")
@@ -228,7 +229,7 @@ STAGES = {row.stage: row for row in (
 
 # %% ../nbs/00_core.ipynb #4de79bb7
 FILES = ("allow", "exclude", "weights", "detector_weights", "start_from")  # fields of a stage that name a file
-SILENT = ("gates", "floors", "hours", "loader", "workers", "prefetch", "pin", "tensorboard", "wandb", "hard", "checkpoint_minutes", "keep_top")  # fields that change no weight
+SILENT = ("gates", "floors", "hours", "loader", "workers", "prefetch", "pin", "tensorboard", "wandb", "hard", "checkpoint_minutes", "keep_top", "imprints")  # fields that change no weight
 AT_MOST = ("train_hours", "pipeline_p95_ms", "onnx_mb", "classifier_p95_ms")  # metrics whose gate is an upper limit
 
 

@@ -376,6 +376,8 @@ def trust_table(result: Evaluation) -> pd.DataFrame:  # index: what; value, 95 %
     spans = {"the set holds the truth": "set_holds_interval", "known pills accepted": "known_accepted_interval", "right among those accepted": "accepted_top1_interval", "two photos of a pill": "two_sides_top1_interval"}
     if "unknown_auroc" in m:
         rows |= {f"unknown drugs, AUROC ({m['unknown_method']})": m["unknown_auroc"], "unknown drugs accepted where 95 % of the known are": m["unknown_far95"]}
+    if read := m["judge"].get("imprints"):
+        rows["cross-entropy of the validation pills, without and with their imprints read"] = f"{read['without']:.3f} → {read['with']:.3f}" + ("" if read["read"] else " (not read: no better)")
     if "side_pairs" in m:
         rows |= {f"one photo of a pill ({m['side_pairs']} pairs)": m["one_side_top1"], "two photos of a pill": m["two_sides_top1"]}
     rows["wrong and accepted, at worst, under damage"] = m["damage_wrong_accepted"]

@@ -34,7 +34,7 @@ from torch import nn
 
 from .aihub import pill_source, read_or_none, read_photo
 from .boxes import iou, letterbox, run_detector
-from .bundle import DECIDES, PICTURES, Bundle, bundle_hash, check_sums, classify_with, describe_boxes, detect_with, golden_square, hash_file, open_bundle, open_session, picture_key, write_sums
+from .bundle import DECIDES, PICTURES, Bundle, bundle_hash, check_sums, classify_with, describe_boxes, describe_letters, detect_with, golden_square, hash_file, open_bundle, open_reader, open_session, picture_key, write_sums
 from .classifier import see_features
 from .core import Parameters, PillSnapError, Settings
 from .detector import load_detector
@@ -284,16 +284,20 @@ def fill_bundle(part: Path, evaluated: Evaluated, detector: dict[str, Any] | Non
     drugs = pd.read_csv(run / "drugs.csv", dtype="str", keep_default_na=False)
     drugs.set_index("k_code").reindex(evaluated.manifest.classes).fillna("").to_csv(part / "registry.csv", index_label="k_code")
     golden = classify_with(open_session(part / "classifier.onnx"), pre.cut(golden_photo(), (30, 60, 90, 50))[None])[0][0]
+    judge = load_judge(run / "judge.npz")
     answer = {"classes": evaluated.manifest.classes, "preprocess": pre.get_config(), "golden": golden_vector(pre), "golden_logits": [round(float(v), 5) for v in golden], "detector": detector or {}, "weights": hash_file(run / "best.safetensors")}
     if detector:
         answer["golden_boxes"] = describe_boxes(detect_with(open_session(part / "detector.onnx"), golden_square(detector["size"])))
+    if judge.imprints:
+        (part / "reader.onnx").write_bytes((run / "reader.onnx").read_bytes())
+        answer["golden_letters"] = describe_letters(open_reader(part / "reader.onnx", judge.imprints.reader))
     write_json(part / "answer.json", answer)
     record = read_json(run / "run.json")
     write_json(part / "about.json", {"stage": record["key"], "run": run.name, "manifest_hash": evaluated.manifest.hash, "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()), "versions": record.get("versions", {}), "git": record.get("git", {}), "metrics": metrics, "export": report})
     (part / "card.md").write_text(write_card(metrics, answer, record["key"], run.name), "utf-8")
     (part / "LICENCES.md").write_text(LICENCES + THUMBNAILS[pictures], "utf-8")
     if pictures:
-        write_pictures(part / PICTURES, load_judge(run / "judge.npz").gallery, evaluated)
+        write_pictures(part / PICTURES, judge.gallery, evaluated)
     write_sums(part)
 
 

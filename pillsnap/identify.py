@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Classify', 'MODES', 'decode_photo', 'open_photo', 'open_photos', 'clean_boxes', 'find_pills', 'check_region',
-           'choose_regions', 'cut_pills', 'check_outputs', 'classify_crops', 'Answer', 'Extra', 'read_pills', 'timed',
-           'check_request', 'open_backs', 'identify', 'Pipeline', 'step_times']
+           'choose_regions', 'cut_pills', 'check_outputs', 'classify_crops', 'add_reader', 'Answer', 'Extra',
+           'read_pills', 'timed', 'check_request', 'open_backs', 'identify', 'Pipeline', 'step_times']
 
 # %% ../nbs/03f_identify.ipynb #fdb758f6
 import time
@@ -22,11 +22,12 @@ from PIL import UnidentifiedImageError
 from .aihub import UNREADABLE, decode_picture
 from .boxes import DOUBLE_IOU, LEAST_SCORE, Detect, check_pixels, clip_boxes, suppress_doubles
 from .core import PillSnapError, suggest
+from .imprints import IMPRINT, Spell, list_sides, read_imprints
 from .judge import Hint, Judge, Reading, Verdict, allow, enrol_drug, fuse, weigh
 from .preprocess import FORMATS, Preprocess, centre_square
 
 # %% ../nbs/03f_identify.ipynb #433962af
-Classify = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+Classify = Callable[[np.ndarray], tuple[np.ndarray, ...]]  # (n, s, s, 3) uint8 → (n, classes) logits, (n, d) features, and where imprints are read (n, 4, columns, 36) of `read_imprints`
 
 
 def decode_photo(data: bytes) -> np.ndarray:  # (h, w, 3) uint8 RGB, turned upright by its EXIF tag
@@ -124,10 +125,12 @@ def cut_pills(photo: np.ndarray, boxes: np.ndarray, pre: Preprocess) -> list[np.
     return [pre.cut(photo, box[:4]) for box in boxes]
 
 
-def check_outputs(logits: np.ndarray, features: np.ndarray, n: int, classes: int) -> None:
-    "Raise ValueError for what cannot be the logits and features of n crops."
+def check_outputs(n: int, classes: int, logits: np.ndarray, features: np.ndarray, lines: np.ndarray | None = None) -> None:
+    "Raise ValueError for what cannot be the logits, the features and the imprints of n crops."
     if logits.shape != (n, classes) or features.ndim != 2 or len(features) != n:
         raise ValueError(f"classify gave arrays {logits.shape} and {features.shape} for {n} crops and {classes} classes")
+    if lines is not None and lines.shape != (n, *IMPRINT):
+        raise ValueError(f"classify gave an array {lines.shape} for the imprints of {n} crops, not {(n, *IMPRINT)}")
     if not (np.isfinite(logits).all() and np.isfinite(features).all()):
         raise ValueError(f"classify gave {int((~np.isfinite(logits)).sum())} logits and {int((~np.isfinite(features)).sum())} features that are no numbers")
 
@@ -137,10 +140,15 @@ def classify_crops(crops: Mapping[Any, list[np.ndarray]], classify: Classify, ju
     batch = [crop for found in crops.values() for crop in found]
     if not batch:
         return {}
-    logits, features = map(np.asarray, classify(np.stack(batch)))
-    check_outputs(logits, features, len(batch), len(judge.classes))
+    outputs = [np.asarray(output) for output in classify(np.stack(batch))]
+    check_outputs(len(batch), len(judge.classes), *outputs)
     ends = np.cumsum([len(found) for found in crops.values()])[:-1]
-    return {key: judge.read(*own) for key, *own in zip(crops, np.split(logits, ends), np.split(features, ends)) if len(own[0])}
+    return {key: judge.read(*own) for key, *own in zip(crops, *(np.split(output, ends) for output in outputs)) if len(own[0])}
+
+
+def add_reader(classify: Classify, pre: Preprocess, spell: Spell) -> Classify:
+    "Let a classifier read the imprints of its crops too."
+    return lambda crops: (*classify(crops), read_imprints(crops, pre.margin, spell))
 
 # %% ../nbs/03f_identify.ipynb #91efaa1f
 MODES = ("single", "combination")
@@ -256,7 +264,14 @@ class Pipeline:
         "Identify photos."
         return identify(photos, mode, self.detect, self.classify, self.judge, self.pre, registry=self.registry, **more)[0]
 
-    def enrol(self, k_code: str, photos: Sequence[np.ndarray | bytes], regions: Sequence[Sequence[float] | None] | None = None, pictures: Sequence[str] | None = None) -> "Pipeline":
+    def enrol(
+        self,
+        k_code: str,
+        photos: Sequence[np.ndarray | bytes],
+        regions: Sequence[Sequence[float] | None] | None = None,
+        pictures: Sequence[str] | None = None,
+        imprints: Mapping[str, str] | None = None,  # print_front, print_back, as a registry writes them; None: what the registry has of the drug
+    ) -> "Pipeline":
         "Add a drug from one to five photos of one pill each, framed as in mode single; raises PillSnapError for a photo that cannot be read."
         if regions is not None and len(regions) != len(photos):
             raise PillSnapError(f"{len(regions)} regions for {len(photos)} photos of {k_code}: give one per photo, None for the square in the middle")
@@ -267,7 +282,12 @@ class Pipeline:
             place, said = min((wrong | refused or {0: "there is none"}).items())
             raise PillSnapError(f"photo {place + 1} of {k_code}: {said}")
         crops = np.stack([cut_pills(opened[i], boxes[i], self.pre if i in asked else replace(self.pre, margin=0.0))[0] for i in range(len(photos))])
-        return replace(self, judge=enrol_drug(self.judge, k_code, self.classify(crops)[1], list(pictures or [f"{k_code}, photo {i + 1}" for i in range(len(photos))])))
+        named = list(pictures or [f"{k_code}, photo {i + 1}" for i in range(len(photos))])
+        return replace(self, judge=enrol_drug(self.judge, k_code, self.classify(crops)[1], named, list_sides(self.look_up(k_code) if imprints is None else imprints)))
+
+    def look_up(self, k_code: str) -> dict[str, Any]:  # empty for a drug that the registry does not know
+        "Look a drug up."
+        return self.registry.loc[k_code].to_dict() if self.registry is not None and k_code in self.registry.index else {}
 
 # %% ../nbs/03f_identify.ipynb #b67b052d
 def step_times(

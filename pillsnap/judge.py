@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PLAUSIBLE', 'ENROLLED', 'MISMATCH', 'ALIKE', 'Reading', 'Verdict', 'Judge', 'trusting', 'Outputs', 'fit_worth',
-           'fit_reserve', 'add_missing', 'fit_judge', 'enrol_drug', 'dismiss_drug', 'fuse', 'allow', 'Hint',
-           'read_hint', 'plain_imprint', 'agree', 'weigh', 'save_judge', 'load_judge']
+           'fit_naming', 'fit_reserve', 'add_missing', 'Fitting', 'fit_agreement', 'fit_judge', 'start_fitting',
+           'enrol_drug', 'dismiss_drug', 'fuse', 'allow', 'Hint', 'read_hint', 'plain_imprint', 'agree', 'weigh',
+           'save_judge', 'load_judge']
 
 # %% ../nbs/03ef_judge.ipynb #97128fe4
 import json
@@ -20,11 +21,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .calibration import NO_SCALING, Scaling, choose_scaling, fit_sets, log_softmax, prediction_sets
+from .calibration import MOST_VALUES, NO_SCALING, Scaling, choose_scaling, fit_sets, log_softmax, negative_log_likelihood, prediction_sets
 from .core import PillSnapError, suggest
 from .disk import atomic_path
 from .gallery import Gallery, dismiss, enrol, make_gallery, unit
-from .unknowns import JUDGED, SCORES, Residual, Seen, compare_scores, fit_residual, leave_out, see, threshold_for
+from .imprints import Imprints, Sides, spell_out
+from .unknowns import JUDGED, SCORES, Residual, Seen, compare_scores, fit_knowing, fit_residual, leave_out, see, threshold_for
 
 # %% ../nbs/03ef_judge.ipynb #0ed6f280
 @dataclass(frozen=True, eq=False)
@@ -34,13 +36,14 @@ class Reading:
     log_p: np.ndarray  # (n, names) log-probabilities
     score: np.ndarray  # (n,) of being known; higher is more
     own: np.ndarray  # (n,) log-probability that was left to the drugs now allowed, before an allow-list
-    near: np.ndarray  # (n, names) cosine of each drug's nearest gallery pill; (n, 0) without a gallery
+    near: np.ndarray  # (n, names) cosine of each drug's nearest gallery pill, with what its imprint adds; (n, 0) without a gallery
     place: np.ndarray  # (n, k) the nearest gallery pills
     cosine: np.ndarray  # (n, k)
+    letters: np.ndarray  # (n,) the imprint as it is read, "" where nothing is
 
     def take(self, rows: Any) -> "Reading":
         "Keep some pills."
-        return Reading(self.names, *(getattr(self, name)[rows] for name in ("log_p", "score", "own", "near", "place", "cosine")))
+        return Reading(self.names, *(getattr(self, name)[rows] for name in ("log_p", "score", "own", "near", "place", "cosine", "letters")))
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Verdict:
     set: list[str]  # K-codes, best first: holds the truth as often as the judge promises, if the drug is known
     score: float  # of being known, less the threshold: positive is known
     evidence: list[tuple[str, str, float]]  # nearest gallery pills: K-code, picture, cosine
+    letters: str = ""  # of the imprint, as far as they are read
 
 # %% ../nbs/03ef_judge.ipynb #28463799
 PLAUSIBLE = np.log(0.02)  # log-probability that an allow-list must leave, or the pill is none of its drugs
@@ -68,24 +72,34 @@ class Judge:
     gallery: Gallery | None = None
     residual: Residual | None = None
     worth: tuple[float, float] = (0.0, 0.0)  # scaled logit = worth[0] * cosine + worth[1]
-    near: float = 1.0  # cosine to its own drug that 95 % of the validation pills reach
+    near: float = 1.0  # `Reading.near` to its own drug that 95 % of the validation pills reach
     weights: str = ""  # hash of the weights it was fitted to
+    imprints: Imprints | None = None  # of `names`; None: they are not read
 
     @property
     def names(self) -> list[str]:
         "The drugs it can name."
         return self.gallery.names if self.gallery else self.classes
 
-    def read(self, logits: np.ndarray, features: np.ndarray) -> Reading:  # (n, classes), (n, d) as the model gives them
-        "Read pills."
-        scaled, n = self.scaling(np.asarray(logits, np.float64)), len(logits)
+    def read(self, logits: np.ndarray, features: np.ndarray, lines: np.ndarray | None = None) -> Reading:  # (n, classes), (n, d) as the model gives them; (n, 4, columns, 36) of `read_imprints`
+        "Read pills; raises ValueError where imprints belong to it and none are given."
+        logits, n, old = np.asarray(logits, np.float64), len(logits), len(self.classes)
         if self.gallery is None:
-            return Reading(self.classes, log_softmax(scaled), np.zeros(n), np.zeros(n), np.empty((n, 0)), np.empty((n, 0), int), np.empty((n, 0)))
+            return Reading(self.classes, log_softmax(self.scaling(logits)), np.zeros(n), np.zeros(n), np.empty((n, 0)), np.empty((n, 0), int), np.empty((n, 0)), np.full(n, ""))
         near, place, cosine = self.gallery.compare(features)
-        enrolled = near[:, len(self.classes) :]
-        score = SCORES[self.method](Seen(np.asarray(logits, np.float64), features, near[:, : len(self.classes)]), self.residual)
-        everything = np.concatenate([scaled, self.worth[0] * enrolled + self.worth[1]], axis=1)
-        return Reading(self.names, log_softmax(everything), score, np.zeros(n), near, place, cosine)
+        everything = np.concatenate([self.scaling(logits), self.worth[0] * near[:, old:] + self.worth[1]], axis=1)
+        if not self.imprints:
+            return Reading(self.names, log_softmax(everything), self.measure(logits, features, near), np.zeros(n), near, place, cosine, np.full(n, ""))
+        if lines is None:
+            raise ValueError("this judge reads imprints: it needs their lines beside logits and features")
+        agree = self.imprints.agree(lines)
+        added, letters = self.imprints.knowing * agree, np.array([spell_out(own) for own in lines], object)
+        return Reading(self.names, log_softmax(everything + self.imprints.naming * agree), self.measure(logits, features, near, added), np.zeros(n), near + added, place, cosine, letters)
+
+    def measure(self, logits: np.ndarray, features: np.ndarray, near: np.ndarray, agree: np.ndarray | None = None) -> np.ndarray:  # (n,)
+        "Score pills against the known drugs."
+        old = len(self.classes)
+        return SCORES[self.method](Seen(logits, features, near[:, :old], None if agree is None else agree[:, :old]), self.residual)
 
     def knows(self, reading: Reading) -> np.ndarray:  # (n,) bool
         "Say which pills count as known: by their score, or as near to the enrolled drug they are named as pills are to their own."
@@ -100,12 +114,12 @@ class Judge:
         order = np.argsort(-p, axis=1, kind="stable")[:, :top]
         known, sets = self.knows(reading), prediction_sets(p, self.least)
         seen = [self.gallery.name(place[:evidence], cosine) if self.gallery else [] for place, cosine in zip(reading.place, reading.cosine)]
-        return [Verdict([(reading.names[i], float(row[i])) for i in best], bool(k), [reading.names[i] for i in held], float(s - self.threshold) if self.method else 0.0, near)
-                for row, best, k, held, s, near in zip(p, order, known, sets, reading.score, seen)]
+        return [Verdict([(reading.names[i], float(row[i])) for i in best], bool(k), [reading.names[i] for i in held], float(s - self.threshold) if self.method else 0.0, near, str(letters))
+                for row, best, k, held, s, near, letters in zip(p, order, known, sets, reading.score, seen, reading.letters)]
 
-    def __call__(self, logits: np.ndarray, features: np.ndarray, top: int = 5) -> list[Verdict]:
+    def __call__(self, logits: np.ndarray, features: np.ndarray, lines: np.ndarray | None = None, top: int = 5) -> list[Verdict]:
         "Read pills and decide."
-        return self.decide(self.read(logits, features), top)
+        return self.decide(self.read(logits, features, lines), top)
 
 # %% ../nbs/03ef_judge.ipynb #26f67c6d
 def trusting(classes: Sequence[str]) -> Judge:
@@ -120,6 +134,7 @@ class Outputs:
     features: np.ndarray  # (n, d)
     labels: np.ndarray  # (n,)
     pictures: Sequence[str] = ()  # (n,) where each is seen; the gallery needs them
+    lines: np.ndarray | None = None  # (n, 4, columns, 36) of the imprints; None: not read
 
 
 def fit_worth(scaled: np.ndarray, near: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
@@ -132,10 +147,30 @@ def fit_worth(scaled: np.ndarray, near: np.ndarray, labels: np.ndarray) -> tuple
     return float(max(0.0, slope)), float(offset)
 
 
-ENROLLED = 3  # photos of a drug that is enrolled, as the reserve reckons
+def fit_naming(scaled: np.ndarray, agree: np.ndarray, labels: np.ndarray) -> tuple[float, float]:  # (n, classes) both; factors of the one and of the other
+    "Find what scaled logits and agreement with the imprint are worth together, by cross-entropy: when both speak for a drug, each needs to say less."
+    from scipy.optimize import minimize
+
+    few = slice(None, None, max(1, scaled.size // MOST_VALUES))
+    z, a, y = scaled[few], agree[few].astype(np.float64), labels[few]
+    cost = lambda x: negative_log_likelihood(np.exp(x[0]) * z + x[1] * a, y) + (2 * x[0] ** 2 + (x[1] - 0.5) ** 2) / len(y)
+    found = minimize(cost, [0.0, 0.5], method="L-BFGS-B", bounds=[(-1.5, 1.5), (0.0, 3.0)])
+    return float(np.exp(found.x[0])), float(found.x[1])
 
 # %% ../nbs/03ef_judge.ipynb #996276e7
-def fit_reserve(scaled: np.ndarray, features: np.ndarray, gallery: Gallery, labels: np.ndarray, worth: tuple[float, float], lost: float = 0.001, folds: int = 5) -> float:
+ENROLLED = 3  # photos of a drug that is enrolled, as the reserve reckons
+
+
+def fit_reserve(
+    scaled: np.ndarray,  # (n, classes) logits of validation pills
+    features: np.ndarray,  # (n, d)
+    gallery: Gallery,
+    labels: np.ndarray,  # (n,)
+    worth: tuple[float, float],
+    added: np.ndarray,  # (n, classes) what the imprint adds to a logit
+    lost: float = 0.001,
+    folds: int = 5,
+) -> float:
     "Find what to take off the worth of enrolled drugs so that they take no more than so large a share of the validation pills from the known ones: a fifth of the drugs plays the enrolled ones, in turn."
     few = np.arange(len(gallery.drugs)) - np.searchsorted(gallery.drugs, gallery.drugs) < ENROLLED
     near = replace(gallery, features=gallery.features[few], drugs=gallery.drugs[few]).compare(features, 1)[0]
@@ -144,9 +179,9 @@ def fit_reserve(scaled: np.ndarray, features: np.ndarray, gallery: Gallery, labe
         new, old = part == fold, part[labels] != fold
         if not new.any() or not old.any() or new.all():
             continue
-        known = np.where(new, -np.inf, scaled[old])
+        known = np.where(new, -np.inf, scaled[old] + added[old])
         right = known.argmax(1) == labels[old]
-        margins.append((worth[0] * near[old][:, new].max(1) + worth[1] - known.max(1))[right])
+        margins.append(((worth[0] * near[old] + worth[1] + added[old])[:, new].max(1) - known.max(1))[right])
         pills += int(old.sum())
     found = np.sort(np.concatenate(margins))[::-1] if margins else np.empty(0)
     return float(max(0.0, found[min(int(lost * pills), len(found) - 1)] + 1e-6)) if len(found) else 0.0
@@ -158,6 +193,37 @@ def add_missing(train: Outputs, weight: np.ndarray) -> tuple[np.ndarray, np.ndar
     return np.concatenate([train.features, weight[missing]]), np.concatenate([train.labels, missing]).astype(int)
 
 
+@dataclass(frozen=True, eq=False)
+class Fitting:
+    "What is worked out on the way to a judge."
+    gallery: Gallery
+    scaling: Scaling
+    scaled: np.ndarray  # (n, classes) logits of the validation pills
+    apart: np.ndarray  # (n, classes) the same, scaled by what was fitted without them, with what the imprint adds
+    added: np.ndarray  # (n, classes) what the imprint adds to a logit; zeros where none is read
+    known: Seen  # the validation pills
+    unknown: Seen  # pills of other drugs, or the same with their own drug left out
+    imprints: Imprints | None
+    told: dict[str, Any]  # how it was chosen
+
+
+def fit_agreement(fitting: Fitting, sides: Sequence[Sides], val: Outputs, strange: Outputs | None) -> Fitting:
+    "Let the imprints speak, unless the validation pills are named no better with them: by Akaike's criterion, two factors must save two units of log-likelihood."
+    imprints = Imprints(sides)
+    agree = imprints.agree(val.lines)
+    factor, naming = fit_naming(fitting.apart, agree, val.labels)
+    before, after = (negative_log_likelihood(logits, val.labels) for logits in (fitting.apart, factor * fitting.apart + naming * agree))
+    told = fitting.told | {"imprints": {"without": before, "with": after, "naming": naming, "read": bool(len(val.labels) * (before - after) > 2)}}
+    if not told["imprints"]["read"]:
+        return replace(fitting, told=told)
+    known, unknown = (replace(seen, agree=letters) for seen, letters in ((fitting.known, agree), (fitting.unknown, imprints.agree(strange.lines) if strange else agree)))
+    knowing = fit_knowing(known, unknown)
+    told["imprints"]["knowing"] = knowing
+    known, unknown = (replace(seen, agree=knowing * seen.agree) for seen in (known, unknown))
+    scaling = replace(fitting.scaling, factor=factor * fitting.scaling.factor, offset=factor * fitting.scaling.offset)
+    return replace(fitting, scaling=scaling, scaled=factor * fitting.scaled, apart=factor * fitting.apart + naming * agree, added=naming * agree, known=known, unknown=unknown, imprints=replace(imprints, naming=naming, knowing=knowing), told=told)
+
+# %% ../nbs/03ef_judge.ipynb #ee711565
 def fit_judge(
     train: Outputs,  # some pills of each drug, without augmentation
     val: Outputs,
@@ -167,45 +233,63 @@ def fit_judge(
     coverage: float = 0.95,
     accepted: float = 0.95,  # share of the known validation pills that count as known
     method: str = "",  # of SCORES; "" chooses
-    strange: tuple[np.ndarray, np.ndarray] | None = None,  # logits and features of pills of other drugs, to choose on; None: by the drugs left out in turn
+    strange: Outputs | None = None,  # pills of other drugs, to choose on, their labels unused; None: by the drugs left out in turn
+    sides: Sequence[Sides] | None = None,  # imprints of the classes; None: they are not read
 ) -> tuple[Judge, dict[str, Any]]:  # the judge; how it was chosen
     "Fit a judge; raises PillSnapError without a validation pill."
     if not len(val.labels):
         raise PillSnapError("a judge is fitted on validation pills, and there is none")
-    gallery = make_gallery(*add_missing(train, weight), classes, [*train.pictures, *([""] * len(classes))])
-    residual = fit_residual(train.features, train.logits, weight, bias)
-    scaling, left_out, apart = choose_scaling(val.logits, val.labels)
-    scaled, known = scaling(val.logits), see(val.logits, val.features, gallery)
-    compared = compare_scores(known, see(*strange, gallery) if strange else leave_out(known, val.labels), residual)
-    method, p = method or next(name for name in compared.index if strange or name in JUDGED), np.exp(log_softmax(apart))
+    fitting = start_fitting(train, val, classes, weight, strange)
+    if sides is not None:
+        fitting = fit_agreement(fitting, sides, val, strange)
+    residual, known = fit_residual(train.features, train.logits, weight, bias), fitting.known
+    compared = compare_scores(known, fitting.unknown, residual)
+    method, p = method or next(name for name in compared.index if strange or name in JUDGED), np.exp(log_softmax(fitting.apart))
     coverage = min(coverage, np.floor(100 * len(p) / (len(p) + 1)) / 100)  # of few pills nobody can promise more
-    own = known.similar[np.arange(len(val.labels)), val.labels]
-    slope, offset = fit_worth(scaled, known.similar, val.labels)
-    reserve = fit_reserve(scaled, val.features, gallery, val.labels, (slope, offset))
-    judge = Judge(list(classes), scaling, coverage, fit_sets(p, val.labels, coverage), method, threshold_for(SCORES[method](known, residual), accepted), gallery, residual,
-                  (slope, offset - reserve), threshold_for(own, accepted))
-    return judge, {"reserve": reserve, "scaling": scaling.kind, "cross_entropy": left_out.to_dict(), "method": method, "chosen_on": "other drugs" if strange else "drugs left out in turn", "compared": compared.T.to_dict()}
+    own = (known.similar if known.agree is None else known.similar + known.agree)[np.arange(len(val.labels)), val.labels]
+    slope, offset = fit_worth(fitting.scaled, known.similar, val.labels)
+    reserve = fit_reserve(fitting.scaled, val.features, fitting.gallery, val.labels, (slope, offset), fitting.added)
+    judge = Judge(list(classes), fitting.scaling, coverage, fit_sets(p, val.labels, coverage), method, threshold_for(SCORES[method](known, residual), accepted), fitting.gallery, residual,
+                  (slope, offset - reserve), threshold_for(own, accepted), imprints=fitting.imprints)
+    return judge, fitting.told | {"reserve": reserve, "scaling": fitting.scaling.kind, "method": method, "compared": compared.T.to_dict()}
+
+
+def start_fitting(train: Outputs, val: Outputs, classes: Sequence[str], weight: np.ndarray, strange: Outputs | None) -> Fitting:
+    "Make the gallery, scale the logits, and compare the pills with the gallery."
+    gallery = make_gallery(*add_missing(train, weight), classes, [*train.pictures, *([""] * len(classes))])
+    scaling, left_out, apart = choose_scaling(val.logits, val.labels)
+    known = see(val.logits, val.features, gallery)
+    unknown = see(strange.logits, strange.features, gallery) if strange else leave_out(known, val.labels)
+    told = {"cross_entropy": left_out.to_dict(), "chosen_on": "other drugs" if strange else "drugs left out in turn"}
+    return Fitting(gallery, scaling, scaling(val.logits), apart, np.zeros_like(apart), known, unknown, None, told)
 
 # %% ../nbs/03ef_judge.ipynb #47c2df6f
-def enrol_drug(judge: Judge, k_code: str, features: np.ndarray, pictures: Sequence[str]) -> Judge:  # features (n, d) of its photos
+def enrol_drug(
+    judge: Judge,
+    k_code: str,
+    features: np.ndarray,  # (n, d) of its photos
+    pictures: Sequence[str],  # (n,)
+    sides: Sides = (None,),  # its imprints, as `list_sides` gives them
+) -> Judge:
     "Add a drug; raises PillSnapError for one that is there, and for a judge without a gallery."
     if judge.gallery is None:
         raise PillSnapError(f"{k_code} cannot be enrolled: this judge has no gallery; evaluate the run first")
-    return replace(judge, gallery=enrol(judge.gallery, k_code, features, pictures))
+    return replace(judge, gallery=enrol(judge.gallery, k_code, features, pictures), imprints=judge.imprints and judge.imprints.add(sides))
 
 
 def dismiss_drug(judge: Judge, k_code: str) -> Judge:
     "Take an enrolled drug out; raises PillSnapError for any other."
     if k_code in judge.classes or k_code not in judge.names:
         raise PillSnapError(f"{k_code} is not an enrolled drug: {suggest(k_code, judge.names[len(judge.classes):]) if judge.names[len(judge.classes):] else 'there are none'}")
-    return replace(judge, gallery=dismiss(judge.gallery, k_code))
+    return replace(judge, gallery=dismiss(judge.gallery, k_code), imprints=judge.imprints and judge.imprints.drop(judge.names.index(k_code)))
 
 # %% ../nbs/03ef_judge.ipynb #4a5a9f2a
 def fuse(front: Reading, back: Reading) -> Reading:
     "Join two photos of the same pills."
     place, cosine = np.concatenate([front.place, back.place], 1), np.concatenate([front.cosine, back.cosine], 1)
     order = np.argsort(-cosine, axis=1, kind="stable")[:, : front.place.shape[1]]
-    return replace(front, log_p=log_softmax(front.log_p + back.log_p), score=(front.score + back.score) / 2, near=np.maximum(front.near, back.near), place=np.take_along_axis(place, order, 1), cosine=np.take_along_axis(cosine, order, 1))
+    return replace(front, log_p=log_softmax(front.log_p + back.log_p), score=(front.score + back.score) / 2, near=np.maximum(front.near, back.near), place=np.take_along_axis(place, order, 1), cosine=np.take_along_axis(cosine, order, 1),
+                   letters=np.array(["|".join(filter(None, both)) for both in zip(front.letters, back.letters)], object))
 
 # %% ../nbs/03ef_judge.ipynb #de95134b
 def allow(reading: Reading, k_codes: Collection[str]) -> Reading:
@@ -281,6 +365,8 @@ def save_judge(path: Path, judge: Judge, **more: Any) -> None:
     if judge.gallery:
         plain |= {"names": judge.gallery.names, "pictures": judge.gallery.pictures}
         arrays |= {"gallery": judge.gallery.features.astype(np.float16), "drugs": judge.gallery.drugs}
+    if judge.imprints:
+        plain["imprints"] = asdict(judge.imprints)
     if judge.residual:
         arrays |= {f"residual_{name}": np.asarray(value) for name, value in asdict(judge.residual).items()}
     with atomic_path(path) as part:
@@ -301,7 +387,8 @@ def load_judge(
         scaling = Scaling(plain["scaling"], arrays["factor"], arrays["offset"])
         gallery = Gallery(unit(arrays["gallery"]), arrays["drugs"], plain["names"], plain["pictures"]) if "gallery" in arrays else None
         residual = Residual(arrays["residual_origin"], arrays["residual_directions"], float(arrays["residual_factor"])) if "residual_origin" in arrays else None
-        judge = Judge(plain["classes"], scaling, plain["coverage"], plain["least"], plain["method"], plain["threshold"], gallery, residual, tuple(plain["worth"]), plain["near"], plain["weights"])
+        imprints = Imprints(**told | {"sides": [tuple(sides) for sides in told["sides"]]}) if (told := plain.get("imprints")) else None
+        judge = Judge(plain["classes"], scaling, plain["coverage"], plain["least"], plain["method"], plain["threshold"], gallery, residual, tuple(plain["worth"]), plain["near"], plain["weights"], imprints)
     except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as e:
         raise PillSnapError(f"{path} is not a judge: {e}; evaluate the run again") from None
     if classes is not None and judge.classes != list(classes):

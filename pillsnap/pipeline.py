@@ -21,13 +21,13 @@ from matplotlib.figure import Figure
 
 from .aihub import pill_source
 from .boxes import Detect
-from .bundle import hash_file
+from .bundle import hash_file, open_reader
 from .classifier import load_classifier, predict_crops
 from .core import PillSnapError
 from .drugs import read_drugs
 from .detector import load_detector
 from .files import Source
-from .identify import Answer, Classify, Pipeline, identify, open_photo, open_photos, step_times
+from .identify import Answer, Classify, Pipeline, add_reader, identify, open_photo, open_photos, step_times
 from .judge import Judge, load_judge, trusting
 from .manifest import Manifest
 from .preprocess import Preprocess
@@ -48,7 +48,10 @@ def open_pipeline(
     model, meta = load_classifier(run / "best.safetensors", list(classes), device)
     detector = load_detector(run / "detector/best.safetensors", device)
     judge = load_judge(run / "judge.npz", classes, hash_file(run / "best.safetensors")) if (run / "judge.npz").exists() else trusting(classes)
-    return Pipeline(detector.detect, lambda crops: predict_crops(model, crops, meta["pre"], device), judge, meta["pre"], replace(detector, threshold=0.001).detect, read_drugs(run / "drugs.csv"))
+    classify = lambda crops: predict_crops(model, crops, meta["pre"], device)
+    if judge.imprints:
+        classify = add_reader(classify, meta["pre"], open_reader(run / "reader.onnx", judge.imprints.reader))
+    return Pipeline(detector.detect, classify, judge, meta["pre"], replace(detector, threshold=0.001).detect, read_drugs(run / "drugs.csv"))
 
 # %% ../nbs/04a_pipeline.ipynb #3874fc35
 @dataclass(frozen=True, eq=False)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAY_CHANGE', 'POOL', 'ENOUGH', 'MOST_DAMAGED', 'Predictions', 'CoveredPills', 'RelaidPills', 'Evaluated',
-           'evaluation_stage', 'open_run', 'name_picture', 'some_of_each', 'manifest_strangers', 'with_judge', 'Trust',
-           'find_strangers', 'measure_trust', 'cut_test_pill']
+           'evaluation_stage', 'open_run', 'name_picture', 'some_of_each', 'manifest_strangers', 'class_sides',
+           'collect_outputs', 'with_judge', 'store_judge', 'Trust', 'find_strangers', 'measure_trust', 'cut_test_pill']
 
 # %% ../nbs/04d_predictions.ipynb #ab4bc1e9
 import os
@@ -18,15 +18,18 @@ import numpy as np
 import pandas as pd
 
 from .aihub import pill_source, read_photo
-from .bundle import hash_file
+from .bundle import hash_file, open_reader
 from .classifier import Predicted, load_classifier, predict, predict_crops, score, softmax
-from .core import Parameters, PillSnapError, Stage, open_roots, parse_overrides, pick_device
+from .core import Parameters, PillSnapError, Settings, Stage, open_roots, parse_overrides, pick_device
 from .data import Photos, PillDataset, stage_batches
-from .disk import read_json
+from .disk import atomic_path, read_json
+from .drugs import read_drugs
+from .imprints import Sides, Spell, list_sides, read_imprints
 from .judge import Judge, Outputs, Reading, fit_judge, save_judge, trusting
 from .manifest import Manifest, load_manifest, unit_hash
 from .pipeline import is_smoke
 from .preprocess import Preprocess, cover_pill, cut_square
+from .reader import ensure_reader
 from .train import classifier_pills
 from .trees import SMOKE
 from .trust import draw_nothing, draw_strangers, measure_damage, pair_sides, side_metrics, unknown_table
@@ -74,31 +77,37 @@ class Evaluated:
     model: Any
     pre: Preprocess
     device: str
+    settings: Settings
     judge: Judge
     chosen: dict[str, Any] = field(default_factory=dict)  # how the judge was
+    spell: Spell | None = None  # reads imprints, where the judge does
 
     def see(self, pills: pd.DataFrame, dataset: Callable[..., PillDataset] = PillDataset) -> Predicted:
         "Show the model pills with the evaluation's cut."
         data = dataset(pills, Photos(pills, self.roots), self.pre, skip_unreadable=self.stage.skip_unreadable)
-        return predict(self.model, stage_batches(data, range(len(data)), 2 * self.stage.batch, self.stage), self.pre, self.device)
+        return predict(self.model, stage_batches(data, range(len(data)), 2 * self.stage.batch, self.stage), self.pre, self.device, self.read if self.spell else None)
 
-    def classify(self, crops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # logits, features
+    def read(self, crops: np.ndarray) -> np.ndarray:  # lines
+        "Read the imprints of cut pills."
+        return read_imprints(crops, self.pre.margin, self.spell)
+
+    def classify(self, crops: np.ndarray) -> tuple[np.ndarray, ...]:  # logits, features, and lines where imprints are read
         "Name cut pills."
-        return predict_crops(self.model, crops, self.pre, self.device)
+        return *predict_crops(self.model, crops, self.pre, self.device), *([self.read(crops)] if self.spell else [])
 
     def predict(self, pills: pd.DataFrame, dataset: Callable[..., PillDataset] = PillDataset) -> Predictions | None:  # None if there are no pills
         "Predict pills with the evaluation's cut."
         if pills.empty:
             return None
         found = self.see(pills, dataset)
-        reading, labels = self.judge.read(found.logits, found.features), found.labels
+        reading, labels = self.judge.read(*found.outputs), found.labels
         p = np.exp(reading.log_p)
         top = np.argsort(-p, axis=1)[:, :5]
         answers = {"pred": top[:, 0], "confidence": p.max(1), "right": top[:, 0] == labels, "right5": (top == labels[:, None]).any(1), "known": self.judge.knows(reading)}
         return Predictions(pills.iloc[found.rows].assign(**answers).reset_index(drop=True), p, score(reading.log_p, labels), len(found.skipped), reading, softmax(found.logits))
 
 # %% ../nbs/04d_predictions.ipynb #517521ea
-MAY_CHANGE = ("skip_unreadable", "loader", "workers", "prefetch", "pin", "batch", "gates", "floors", "hours")
+MAY_CHANGE = ("skip_unreadable", "loader", "workers", "prefetch", "pin", "batch", "gates", "floors", "hours", "imprints")
 
 
 def evaluation_stage(trained: Stage, plan: Parameters) -> Stage:
@@ -118,7 +127,7 @@ def open_run(run: Path, plan: Parameters) -> Evaluated:
     if meta["manifest_hash"] != manifest.hash:
         raise PillSnapError(f"{run}: weights were trained on manifest {meta['manifest_hash']}, the run holds {manifest.hash}")
     roots = plan.roots or open_roots(os.pathsep.join(record["roots"]))
-    return Evaluated(run, evaluation_stage(Stage(**record["stage"]), plan), manifest, roots, model, meta["pre"], device, trusting(manifest.classes))
+    return Evaluated(run, evaluation_stage(Stage(**record["stage"]), plan), manifest, roots, model, meta["pre"], device, plan.settings, trusting(manifest.classes))
 
 # %% ../nbs/04d_predictions.ipynb #1b3c2fb9
 POOL = 24  # training pills of a drug that the gallery chooses from
@@ -150,21 +159,44 @@ def manifest_strangers(evaluated: Evaluated, part: str) -> pd.DataFrame:  # rows
     return found[found.k_code.isin(choosing) == (part == "val")].reset_index(drop=True)
 
 
+def class_sides(evaluated: Evaluated) -> list[Sides]:  # of each class
+    "Look the imprints of the run's drugs up; raises PillSnapError where no drug has one."
+    known = read_drugs(evaluated.run / "drugs.csv").to_dict("index")
+    sides = [list_sides(known.get(k_code, {})) for k_code in evaluated.manifest.classes]
+    if not any(any(side) for side in sides):
+        raise PillSnapError(f"imprints=true, but {evaluated.run / 'drugs.csv'} has no imprint of any of the {len(sides)} drugs: leave imprints=false, or give data whose labels say what is printed on a pill")
+    return sides
+
+
+def collect_outputs(evaluated: Evaluated, pills: pd.DataFrame) -> Outputs:
+    "Show the model pills."
+    found = evaluated.see(pills)
+    return Outputs(found.logits, found.features, found.labels, [name_picture(pill) for pill in pills.iloc[found.rows].itertuples()], found.lines)
+
+# %% ../nbs/04d_predictions.ipynb #af8b1fdf
 def with_judge(evaluated: Evaluated) -> Evaluated:
     "Fit the run's judge on training and validation pills, and store it with the run."
-    train, val = some_of_each(classifier_pills(evaluated.manifest, "train"), POOL), classifier_pills(evaluated.manifest, "val")
-    outputs = []
-    for pills in (train, val):
-        found = evaluated.see(pills)
-        outputs.append(Outputs(found.logits, found.features, found.labels, [name_picture(pill) for pill in pills.iloc[found.rows].itertuples()]))
+    sides, reader = (class_sides(evaluated), ensure_reader(evaluated.settings)) if evaluated.stage.imprints else (None, None)
+    blind, reading = replace(evaluated, spell=None), replace(evaluated, spell=open_reader(reader) if reader else None)
+    train = collect_outputs(blind, some_of_each(classifier_pills(evaluated.manifest, "train"), POOL))
+    strange = manifest_strangers(evaluated, "val")
     last = evaluated.model.get_classifier()
     weight, bias = (value.detach().float().cpu().numpy() for value in (last.weight, last.bias))
-    strange = manifest_strangers(evaluated, "val")
-    seen = evaluated.see(strange) if len(strange) else None
-    judge, chosen = fit_judge(*outputs, evaluated.manifest.classes, weight, bias, strange=(seen.logits, seen.features) if seen else None)
-    judge = replace(judge, weights=hash_file(evaluated.run / "best.safetensors"))
+    judge, chosen = fit_judge(train, collect_outputs(reading, classifier_pills(evaluated.manifest, "val")), evaluated.manifest.classes, weight, bias, strange=collect_outputs(reading, strange) if len(strange) else None, sides=sides)
+    judge = replace(judge, weights=hash_file(evaluated.run / "best.safetensors"), imprints=judge.imprints and replace(judge.imprints, reader=hash_file(reader)))
+    store_judge(evaluated, judge, reader)
+    return replace(reading if judge.imprints else blind, judge=judge, chosen=chosen)
+
+
+def store_judge(evaluated: Evaluated, judge: Judge, reader: Path | None) -> None:
+    "Write a judge into the run, and its reader beside it."
+    kept = evaluated.run / "reader.onnx"
+    if judge.imprints:
+        with atomic_path(kept) as part:
+            part.write_bytes(reader.read_bytes())
     save_judge(evaluated.run / "judge.npz", judge, manifest_hash=evaluated.manifest.hash)
-    return replace(evaluated, judge=judge, chosen=chosen)
+    if not judge.imprints:
+        kept.unlink(missing_ok=True)
 
 # %% ../nbs/04d_predictions.ipynb #e47a35d0
 MOST_DAMAGED = 200  # test pills that are damaged step by step
@@ -184,7 +216,7 @@ def find_strangers(evaluated: Evaluated) -> dict[str, tuple[Reading, Sequence[An
     own = manifest_strangers(evaluated, "test")
     if len(own):
         seen = evaluated.see(own)
-        found["drugs outside the class list"] = judge.read(seen.logits, seen.features), own.k_code.iloc[seen.rows].tolist()
+        found["drugs outside the class list"] = judge.read(*seen.outputs), own.k_code.iloc[seen.rows].tolist()
     if is_smoke(evaluated.roots):
         found |= {kind: (judge.read(*evaluated.classify(crops)), drugs) for kind, (crops, drugs) in draw_strangers(SMOKE.drugs, SMOKE.seed, evaluated.pre).items()}
     nothing = draw_nothing(evaluated.pre)

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['PATCH', 'NOTHING', 'SIDEWAYS', 'UPSIDE_DOWN', 'ReaderSpec', 'reader_look', 'photo_written', 'Written', 'draw_written',
            'Drawn', 'fork_loader', 'draw_all', 'letter_window', 'Windows', 'make_layer', 'build_reader', 'check_steps',
-           'train_reader', 'write_reader', 'open_reader', 'reader_key', 'ensure_reader']
+           'train_reader', 'write_reader', 'reader_key', 'ensure_reader']
 
 # %% ../nbs/03j_reader.ipynb #7be82e10
 import importlib.metadata
+import inspect
 import math
 import os
 import warnings
@@ -22,12 +23,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from . import imprints, synthetic
-from .bundle import open_session
+from . import synthetic
 from .core import PillSnapError, Settings, count_workers
 from .data import keep, quiet_worker
 from .disk import atomic_folder, check_space, content_hash, lock, show_work
-from .imprints import LETTERS, READER, WINDOW, Spell, even_light, turn_window
+from .imprints import LETTERS, READER, WINDOW, even_light, turn_window
 from .preprocess import place_square
 from .synthetic import FIRST_CODE, GRID, LIGHTS, Character, Look, place_characters, place_single, single_look, take_photo
 
@@ -204,17 +204,11 @@ def write_reader(model: nn.Module, path: Path) -> None:
                           dynamic_axes={"windows": {0: "n"}, "letters": {0: "n"}}, opset_version=17, dynamo=False)
 
 
-def open_reader(path: Path, device: str = "cpu", threads: int = 0) -> Spell:
-    "Open a reader."
-    session = open_session(path, device, threads)
-    return lambda windows: session.run(["letters"], {"windows": windows})[0]
-
-
 def reader_key(spec: ReaderSpec) -> str:
     "Name a reader by all that decides what it becomes."
     versions = [importlib.metadata.version(name) for name in ("numpy", "opencv-python-headless", "pillow", "torch")]
-    sources = [Path(file).read_bytes() for file in (synthetic.__file__, imprints.__file__, globals().get("__file__")) if file]  # a notebook has no __file__
-    return content_hash(asdict(spec), READER.hash, versions, *sources)
+    sources = [Path(file).read_bytes() for file in (synthetic.__file__, globals().get("__file__")) if file]  # a notebook has no __file__
+    return content_hash(asdict(spec), READER.hash, versions, *sources, *map(inspect.getsource, (even_light, turn_window)))
 
 
 def ensure_reader(settings: Settings, spec: ReaderSpec = ReaderSpec()) -> Path:  # an ONNX file

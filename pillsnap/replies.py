@@ -71,6 +71,7 @@ class Pill(BaseModel):
     set: list[str] = Field(description="K-codes that hold the truth as often as the bundle promises, if the drug is known")
     top: list[Candidate]
     evidence: list[Evidence]
+    imprint: str = Field(description="the letters that were read on the pill; empty where none were, and of a bundle that reads none", examples=["HNY"])
 
 
 class Found(BaseModel):

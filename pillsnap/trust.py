@@ -228,7 +228,7 @@ def show_evidence(
     "Show pills, what is said about them, and the gallery pills that are nearest."
     pictures, titles, bad = [], [], []
     for i, verdict in zip(pills, judge.decide(reading.take(list(pills)))):
-        said = f"{verdict.top[0][0]} {verdict.top[0][1]:.2f}" if verdict.known else "unknown"
+        said = (f"{verdict.top[0][0]} {verdict.top[0][1]:.2f}" if verdict.known else "unknown") + (f"\nreads {verdict.letters}" if verdict.letters else "")
         seen = [(code, picture, cosine) for code, picture, cosine in verdict.evidence if picture]
         pictures += [crops[i], *(find(picture) for _, picture, _ in seen)]
         titles += [f"is {truth[i]}\nsaid {said}", *(f"{code}\n{cosine:.2f}" for code, _, cosine in seen)]

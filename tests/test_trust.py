@@ -1,8 +1,10 @@
 "What a run says about its own answers: unknown drugs of the data's own, the judge that is stored, and new drugs that are enrolled."
+import shutil
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,8 +12,10 @@ import pytest
 
 from conftest import PROJECT
 from pillsnap.aihub import pill_source
+from pillsnap.bundle import check_sums, hash_file, open_bundle, open_reader
 from pillsnap.core import PillSnapError
 from pillsnap.evaluate import evaluate_run
+from pillsnap.export import export_run
 from pillsnap.identify import identify
 from pillsnap.index import ensure_index
 from pillsnap.judge import enrol_drug, load_judge
@@ -106,3 +110,79 @@ def test_a_judge_of_other_drugs_is_refused(evaluated):
 def test_answering_needs_no_torch():
     code = "import sys, pillsnap.identify; heavy = {'torch', 'timm', 'ultralytics', 'scipy', 'sklearn', 'matplotlib'} & set(sys.modules); assert not heavy, heavy"
     subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=True)
+
+
+@pytest.fixture(scope="module")
+def reading(tmp_path_factory):
+    "A barely trained run whose imprints are read, by a reader that has learned a tenth of what it should, and its bundle."
+    from pillsnap import predictions
+    from pillsnap.core import Parameters, get_stage, load_settings
+    from pillsnap.reader import ReaderSpec, ensure_reader
+
+    folder = tmp_path_factory.mktemp("reading")
+    synthesise(folder / "tree", SynthSpec(drugs=8, views=96, trays=0, width=256, val_drugs=1))
+    settings = load_settings({"PILLSNAP_WORK": str(folder / "work"), "PILLSNAP_MANIFESTS": str(folder / "manifests"), "PILLSNAP_REPORTS": str(folder / "reports"), "PILLSNAP_DEVICE": "cpu"})
+    stage = get_stage(0, "name=reads images=90 classes=6 tray_share=0 epochs=4 batch=16 workers=0 strategy=classifier backgrounds=0 tensorboard=false imprints=true allow_short=true")
+    plan = Parameters(stage, [folder / "tree"], settings, {"run": "", "resume": "none", "level": "smoke"})
+    index = ensure_index(plan.roots, settings)
+    fit(run := prepare_run(plan, ensure_manifest(plan, index), index))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predictions, "ensure_reader", lambda settings: ensure_reader(settings, ReaderSpec(drugs=150, windows=70_000)))
+        result = evaluate_run(run, plan)
+    return run, plan, result, export_run(run, plan)
+
+
+def test_letters_that_are_read_make_answers_better(reading):
+    run, _, result, _ = reading
+    judge, told = result.evaluated.judge, read_metrics(run)["judge"]["imprints"]
+    assert told["read"] and told["with"] < told["without"] and judge.imprints.naming > 0.1 and len(judge.imprints.sides) == 6
+    without = with_judge(replace(result.evaluated, run=copy_run(run, "without"), stage=replace(result.evaluated.stage, imprints=False)))
+    assert without.judge.imprints is None and without.spell is None and not (without.run / "reader.onnx").exists()
+    pills = classifier_pills(result.evaluated.manifest, "test")
+    assert result.test.pills.right.mean() >= without.predict(pills).pills.right.mean()
+
+
+def copy_run(run, name):
+    return Path(shutil.copytree(run, run.with_name(name)))
+
+
+def test_a_bundle_reads_as_the_evaluation_did(reading):
+    run, plan, result, exported = reading
+    bundle = open_bundle(exported.bundle)
+    assert "reader.onnx" in check_sums(exported.bundle) and bundle.pipeline.judge.imprints.reader == hash_file(run / "reader.onnx")
+    pills = classifier_pills(result.evaluated.manifest, "test")
+    photos, boxes = [pill_source(pill, plan.roots).read() for pill in pills.itertuples()], pills[list("xywh")].to_numpy(float).tolist()
+    answers = bundle(photos, regions=boxes)
+    assert [answer.k_codes[0] for answer in answers] == [bundle.pipeline.judge.names[i] for i in result.test.pills.pred]
+    assert [answer.pills[0].letters for answer in answers] == result.test.reading.letters.tolist() and any(answer.pills[0].letters for answer in answers)
+
+
+def test_an_enrolled_drug_brings_its_imprint(reading):
+    run, plan, result, exported = reading
+    pipeline, pills = open_bundle(exported.bundle).pipeline, pd.read_csv(run / "unknown.csv")
+    own = pills[pills.k_code == pills.k_code.iloc[0]]
+    photos, boxes = [pill_source(pill, plan.roots).read() for pill in own.itertuples()], own[list("xywh")].to_numpy(float).tolist()
+    wider = pipeline.enrol(own.k_code.iloc[0], photos[:2], boxes[:2], imprints={"print_front": "ZZ", "print_back": "분할선"})
+    assert wider.judge.imprints.sides[-1] == ("ZZ", "") and pipeline.enrol(own.k_code.iloc[0], photos[:2], boxes[:2]).judge.imprints.sides[-1] == (None,)
+    assert len(wider(photos, regions=boxes)[0].pills[0].top) == 5
+
+
+def test_a_judge_without_its_reader_does_not_answer(reading, tmp_path):
+    run, plan, result, exported = reading
+    shutil.copytree(exported.bundle, copy := tmp_path / "bundle")
+    (copy / "reader.onnx").unlink()
+    with pytest.raises(PillSnapError, match="reader.onnx is not there"):
+        open_bundle(copy)
+    with pytest.raises(PillSnapError, match="not the reader that the judge beside it was fitted to"):
+        open_reader(run / "best.safetensors", result.evaluated.judge.imprints.reader)
+    with pytest.raises(ValueError, match="reads imprints"):
+        identify([np.zeros((200, 200, 3), np.uint8)], "single", None, open_run(run, replace(plan, given={})).classify, result.evaluated.judge, result.evaluated.pre)
+
+
+def test_photos_whose_registry_has_no_imprint_cannot_be_read(reading):
+    run, plan, result, _ = reading
+    bare = copy_run(run, "bare")
+    drugs = pd.read_csv(bare / "drugs.csv").assign(print_front="", print_back="")
+    drugs.to_csv(bare / "drugs.csv", index=False)
+    with pytest.raises(PillSnapError, match="no imprint of any of the 6 drugs"):
+        with_judge(replace(result.evaluated, run=bare))

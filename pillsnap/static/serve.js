@@ -7,7 +7,7 @@ const TEXTS = {
     take: "Take or choose a photo", drop: "or drop one here · JPEG, PNG, WebP or BMP, up to 20 MB", back: "The pill's other side (optional)",
     region: "The middle square is looked at. With a box drawn around the pill the answer gets better.", identify: "Identify", mark: "Draw a box", whole: "Take the middle again", remove: "Remove", working: "Looking…",
     known: "Identified", unsure: "Not sure", whySure: "confidence {p} %", whyNot: "This does not look enough like any drug it knows. ",
-    only: "If it were one of these, then most likely", evidence: "Most alike among the pills it learned from", alike: "{p} % alike", nothing: "No pill was found on this photo.", pill: "Pill {n}", found: "{n} pills, {k} identified",
+    only: "If it were one of these, then most likely", evidence: "Most alike among the pills it learned from", alike: "{p} % alike", nothing: "No pill was found on this photo.", pill: "Pill {n}", reads: "Reads {letters}", found: "{n} pills, {k} identified",
     shape: "shape", colour: "colour", imprint: "imprint", item: "permit number", about: "bundle {bundle} · {classes} drugs", took: "{ms} ms", failed: "That did not work.", offline: "The service does not answer. Is it still running?",
     photoAlt: "The photo that was chosen", cropAlt: "Pill {n} on the photo", evidenceAlt: "A training picture of {code}", noKey: "This service needs a key: type it in above.",
   },
@@ -17,7 +17,7 @@ const TEXTS = {
     take: "사진을 찍거나 고르세요", drop: "또는 여기에 놓으세요 · JPEG, PNG, WebP, BMP, 최대 20 MB", back: "알약의 뒷면 사진 (선택)",
     region: "사진 가운데의 정사각형을 봅니다. 알약 둘레에 상자를 그리면 더 정확합니다.", identify: "식별하기", mark: "상자 그리기", whole: "다시 가운데로", remove: "지우기", working: "보고 있습니다…",
     known: "식별됨", unsure: "확실하지 않음", whySure: "신뢰도 {p} %", whyNot: "아는 약 가운데 충분히 비슷한 것이 없습니다.",
-    only: "만약 아는 약 가운데 하나라면", evidence: "학습한 알약 가운데 가장 비슷한 것", alike: "유사도 {p} %", nothing: "이 사진에서 알약을 찾지 못했습니다.", pill: "알약 {n}", found: "알약 {n}개, 식별 {k}개",
+    only: "만약 아는 약 가운데 하나라면", evidence: "학습한 알약 가운데 가장 비슷한 것", alike: "유사도 {p} %", nothing: "이 사진에서 알약을 찾지 못했습니다.", pill: "알약 {n}", reads: "읽은 각인 {letters}", found: "알약 {n}개, 식별 {k}개",
     shape: "모양", colour: "색", imprint: "각인", item: "품목기준코드", about: "번들 {bundle} · 약 {classes}종", took: "{ms} ms", failed: "처리하지 못했습니다.", offline: "서비스가 응답하지 않습니다. 실행 중인지 확인하세요.",
     photoAlt: "고른 사진", cropAlt: "사진 속 알약 {n}", evidenceAlt: "{code}의 학습 사진", noKey: "키가 필요한 서비스입니다. 위에 키를 입력하세요.",
   },
@@ -118,7 +118,8 @@ function showAnswer() {
 function showPill(pill, n) {
   const kind = pill.known ? "known" : "unsure";
   const words = make("div", {}, make("h2", { textContent: say("pill", { n }) }), make("span", { className: `badge ${kind}`, textContent: `${pill.known ? "✓" : "?"} ${say(kind)}` }),
-    make("p", { className: "why", textContent: pill.known ? say("whySure", { p: percent(pill.top[0].confidence) }) : say("whyNot") }));
+    make("p", { className: "why", textContent: pill.known ? say("whySure", { p: percent(pill.top[0].confidence) }) : say("whyNot") }),
+    ...(pill.imprint ? [make("p", { className: "why", textContent: say("reads", { letters: pill.imprint }) })] : []));
   const card = make("article", { className: `pill ${kind}` }, make("div", { className: "head" }, cutPill(pill.bbox, n), words));
   if (!pill.known) card.append(make("p", { className: "subtitle", textContent: say("only") }));
   card.append(make("ol", {}, ...pill.top.slice(0, 3).map((drug, i) => showDrug(drug, i === 0))));
