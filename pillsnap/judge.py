@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLAUSIBLE', 'ENROLLED', 'MISMATCH', 'ALIKE', 'Reading', 'Verdict', 'Judge', 'trusting', 'Outputs', 'fit_worth',
-           'fit_naming', 'fit_reserve', 'add_missing', 'Fitting', 'fit_agreement', 'fit_judge', 'start_fitting',
+           'fit_naming', 'fit_reserve', 'add_missing', 'Fitting', 'start_fitting', 'fit_agreement', 'fit_judge',
            'enrol_drug', 'dismiss_drug', 'fuse', 'allow', 'Hint', 'read_hint', 'plain_imprint', 'agree', 'weigh',
            'save_judge', 'load_judge']
 
@@ -207,6 +207,17 @@ class Fitting:
     told: dict[str, Any]  # how it was chosen
 
 
+
+def start_fitting(train: Outputs, val: Outputs, classes: Sequence[str], weight: np.ndarray, strange: Outputs | None) -> Fitting:
+    "Make the gallery, scale the logits, and compare the pills with the gallery."
+    gallery = make_gallery(*add_missing(train, weight), classes, [*train.pictures, *([""] * len(classes))])
+    scaling, left_out, apart = choose_scaling(val.logits, val.labels)
+    known = see(val.logits, val.features, gallery)
+    unknown = see(strange.logits, strange.features, gallery) if strange else leave_out(known, val.labels)
+    told = {"cross_entropy": left_out.to_dict(), "chosen_on": "other drugs" if strange else "drugs left out in turn"}
+    return Fitting(gallery, scaling, scaling(val.logits), apart, np.zeros_like(apart), known, unknown, None, told)
+
+# %% ../nbs/03ef_judge.ipynb #a9fa8bf8
 def fit_agreement(fitting: Fitting, sides: Sequence[Sides], val: Outputs, strange: Outputs | None) -> Fitting:
     "Let the imprints speak, unless the validation pills are named no better with them: by Akaike's criterion, two factors must save two units of log-likelihood."
     imprints = Imprints(sides)
@@ -223,7 +234,7 @@ def fit_agreement(fitting: Fitting, sides: Sequence[Sides], val: Outputs, strang
     scaling = replace(fitting.scaling, factor=factor * fitting.scaling.factor, offset=factor * fitting.scaling.offset)
     return replace(fitting, scaling=scaling, scaled=factor * fitting.scaled, apart=factor * fitting.apart + naming * agree, added=naming * agree, known=known, unknown=unknown, imprints=replace(imprints, naming=naming, knowing=knowing), told=told)
 
-# %% ../nbs/03ef_judge.ipynb #ee711565
+# %% ../nbs/03ef_judge.ipynb #89788519
 def fit_judge(
     train: Outputs,  # some pills of each drug, without augmentation
     val: Outputs,
@@ -252,16 +263,6 @@ def fit_judge(
     judge = Judge(list(classes), fitting.scaling, coverage, fit_sets(p, val.labels, coverage), method, threshold_for(SCORES[method](known, residual), accepted), fitting.gallery, residual,
                   (slope, offset - reserve), threshold_for(own, accepted), imprints=fitting.imprints)
     return judge, fitting.told | {"reserve": reserve, "scaling": fitting.scaling.kind, "method": method, "compared": compared.T.to_dict()}
-
-
-def start_fitting(train: Outputs, val: Outputs, classes: Sequence[str], weight: np.ndarray, strange: Outputs | None) -> Fitting:
-    "Make the gallery, scale the logits, and compare the pills with the gallery."
-    gallery = make_gallery(*add_missing(train, weight), classes, [*train.pictures, *([""] * len(classes))])
-    scaling, left_out, apart = choose_scaling(val.logits, val.labels)
-    known = see(val.logits, val.features, gallery)
-    unknown = see(strange.logits, strange.features, gallery) if strange else leave_out(known, val.labels)
-    told = {"cross_entropy": left_out.to_dict(), "chosen_on": "other drugs" if strange else "drugs left out in turn"}
-    return Fitting(gallery, scaling, scaling(val.logits), apart, np.zeros_like(apart), known, unknown, None, told)
 
 # %% ../nbs/03ef_judge.ipynb #47c2df6f
 def enrol_drug(
