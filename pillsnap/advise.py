@@ -6,9 +6,9 @@
 __all__ = ['SHARE', 'MOST_DAMAGED', 'MOST_MEMORY', 'CORRUPT', 'LONG', 'MOST_DRIFT', 'MOST_GROWTH', 'NEEDS', 'PERFORMANCE',
            'floor_of', 'check_gates', 'chance', 'mandatory_checks', 'stability', 'change', 'decide', 'tell_gate',
            'Option', 'command_with', 'command_for', 'options_of_curves', 'options_of_scores', 'options_of_memory',
-           'options_of_photos', 'Advice', 'next_stage_config', 'advise', 'evaluation_record', 'write_advice',
-           'write_tensorboard', 'advice_table', 'check_table', 'option_table', 'advice_history', 'stage_progress',
-           'tell_best', 'next_steps']
+           'options_of_imprints', 'options_of_photos', 'Advice', 'next_stage_config', 'advise', 'evaluation_record',
+           'write_advice', 'write_tensorboard', 'advice_table', 'check_table', 'option_table', 'advice_history',
+           'stage_progress', 'tell_best', 'next_steps']
 
 # %% ../nbs/04e_advise.ipynb #7e82e8ef
 import math
@@ -23,6 +23,8 @@ import pandas as pd
 
 from .core import AT_MOST, STAGES, PillSnapError, Settings, Stage, parse_overrides
 from .disk import read_json, write_json
+from .drugs import read_drugs
+from .imprints import list_sides
 from .records import as_command, epoch_table, resume_command, tell_state
 from .runs import all_runs, append_event, is_alive, list_runs, read_events, read_metrics, run_state
 
@@ -200,6 +202,20 @@ def options_of_memory(run: Path, stage: Stage) -> list[Option]:
     return []
 
 
+def options_of_imprints(run: Path, stage: Stage, metrics: Mapping[str, Any]) -> list[Option]:
+    "Say whether letters could tell apart what is mixed up, or accepted though unknown; that needs no training."
+    mixed, far = metrics.get("test_top5", 0.0) - metrics.get("test_top1", 0.0), metrics.get("unknown_far95", 0.0)
+    if "imprints" in metrics.get("judge", {}) or max(mixed, far) <= 0.02 or not (run / "drugs.csv").exists():
+        return []
+    lettered = sum(any(list_sides(drug)) for drug in read_drugs(run / "drugs.csv").to_dict("records"))
+    if not lettered:
+        return []
+    changes = " ".join(filter(None, (f"name={stage.name}" if stage.name else "", "imprints=true")))
+    command = as_command("evaluate", {"stage": stage.stage, "run": run.name, "overrides": changes})
+    why = f"{mixed:.1%} of the pills have the truth behind a wrong first answer" if mixed >= far else f"{far:.1%} of the unknown pills are accepted where 95 % of the known are"
+    return [Option("imprints", "let the evaluation read the imprints", f"{why}; the registry knows the letters of {lettered} drugs. The reader learns from drawn pills: see what it does to your photos", command, max(mixed, far / 4))]
+
+
 def options_of_photos(run: Path, stage: Stage, metrics: Mapping[str, Any]) -> list[Option]:
     "Say whose real photos would teach most: the drugs that are named worst."
     weak = [{"k_code": code, "share": share} for code, share in metrics.get("forecast_weak", {}).items()] or [{"k_code": drug["k_code"], "share": drug["f1"]} for drug in metrics.get("weak_drugs", [])]
@@ -242,7 +258,7 @@ def advise(run: Path) -> Advice:
         raise PillSnapError(f"{run} was not evaluated yet: {command_for(run, 'evaluate')}")
     stored = metrics["gates"]
     gates, checks = stored if all("floor" in gate for gate in stored) else check_gates(stage, metrics), mandatory_checks(run, metrics)
-    options = options_of_curves(run, stage) + options_of_scores(run, stage, metrics) + options_of_memory(run, stage) + options_of_photos(run, stage, metrics)
+    options = options_of_curves(run, stage) + options_of_scores(run, stage, metrics) + options_of_imprints(run, stage, metrics) + options_of_memory(run, stage) + options_of_photos(run, stage, metrics)
     decision, confidence, reasons = decide(gates, checks)
     return Advice(decision, round(confidence, 3), reasons, gates, checks, sorted(options, key=lambda option: -option.weight), next_stage_config(run, stage))
 

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['OTHERS', 'HINTS', 'PHOTOS', 'DATA', 'KNOWN', 'FIELDS', 'SMALL', 'LARGE', 'ARMS', 'FURTHER', 'SCORED', 'HINTED',
            'ENROLLED', 'COMMAND', 'HOW', 'Shown', 'show_pills', 'names_right', 'of_drugs', 'see_with', 'score_table',
-           'score_rows', 'side_rows', 'say_of', 'verdicts_with', 'hint_rows', 'enrol_some', 'enrolment_rows',
-           'cut_pills_of', 'stranger_rows', 'Arm', 'draw_further', 'Opened', 'open_reading', 'open_arm',
-           'read_registry', 'arm_figures', 'measure_arm', 'arm_tables', 'measure_unknowns', 'answered_row',
+           'draw_drugs', 'score_rows', 'side_rows', 'say_of', 'verdicts_with', 'hint_rows', 'enrol_some',
+           'enrolment_rows', 'cut_pills_of', 'stranger_rows', 'Arm', 'draw_further', 'Opened', 'open_reading',
+           'open_arm', 'read_registry', 'arm_figures', 'measure_arm', 'arm_tables', 'measure_unknowns', 'answered_row',
            'run_figures', 'measure_run']
 
 # %% ../nbs/08j_bench_unknowns.ipynb #9458c9c1
@@ -94,10 +94,20 @@ def score_table(judge: Judge, test: Shown, strange: Shown) -> pd.DataFrame:  # i
     return pd.DataFrame(rows).T
 
 
+def draw_drugs(measure: Callable[[np.ndarray, np.ndarray], float], known: np.ndarray, unknown: np.ndarray, drugs: tuple[Sequence[str], Sequence[str]], draws: int = 500, seed: int = 0) -> tuple[float, float]:  # scores (n,) and (m,), the drug of each
+    "Give the 95 % interval of what tells known scores from unknown ones, drawing whole drugs of both."
+    rng, parts = np.random.default_rng(seed), [[scores[rows] for rows in pd.Series(np.arange(len(of))).groupby(list(of)).apply(np.array)] for scores, of in zip((known, unknown), drugs)]
+    pick = lambda part: np.concatenate([part[i] for i in rng.integers(len(part), size=len(part))])
+    low, high = np.percentile([measure(*map(pick, parts)) for _ in range(draws)], [2.5, 97.5])
+    return float(low), float(high)
+
+
 def score_rows(judge: Judge, test: Shown, strange: Shown) -> dict[str, str]:  # what → figures
-    "Write what each score is worth."
-    table = score_table(judge, test, strange)
-    line = lambda column: ", ".join(f"**{value:.3f}**" if name == judge.method else f"{value:.3f}" for name, value in table[column].items())
+    "Write what each score is worth; with an interval, what the one that ships is worth."
+    table, seen = score_table(judge, test, strange), [see_with(judge, shown) for shown in (test, strange)]
+    scores, drugs_of = [SCORES[judge.method](part, judge.residual) for part in seen], (test.pills.k_code, strange.pills.k_code)
+    span = {column: " ({:.3f} to {:.3f})".format(*draw_drugs(measure, *scores, drugs_of)) for column, measure in (("auroc", auroc), ("far95", false_accepts))}
+    line = lambda column: ", ".join(f"**{value:.3f}**{span.get(column, '')}" if name == judge.method else f"{value:.3f}" for name, value in table[column].items())
     drugs = strange.pills.k_code.nunique()
     return {f"AUROC on the {drugs}: {', '.join(table.index)}": line("auroc"), "AUROC of the worst drug, in the same order": line("worst"), "false accepts where 95 % of the known are accepted": line("far95")}
 
