@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OTHERS', 'HINTS', 'PHOTOS', 'DATA', 'KNOWN', 'FIELDS', 'SMALL', 'LARGE', 'ARMS', 'FURTHER', 'SCORED', 'HINTED',
-           'ENROLLED', 'COMMAND', 'HOW', 'Shown', 'show_pills', 'names_right', 'of_drugs', 'see_with', 'score_table',
-           'draw_drugs', 'score_rows', 'side_rows', 'say_of', 'verdicts_with', 'hint_rows', 'enrol_some',
+           'ENROLLED', 'COMMAND', 'HOW', 'Shown', 'show_pills', 'names_right', 'of_drugs', 'see_with', 'score_pills',
+           'score_table', 'draw_drugs', 'score_rows', 'side_rows', 'say_of', 'verdicts_with', 'hint_rows', 'enrol_some',
            'enrolment_rows', 'cut_pills_of', 'stranger_rows', 'Arm', 'draw_further', 'Opened', 'open_reading',
            'open_arm', 'read_registry', 'arm_figures', 'measure_arm', 'arm_tables', 'measure_unknowns', 'answered_row',
            'run_figures', 'measure_run']
@@ -13,7 +13,7 @@ __all__ = ['OTHERS', 'HINTS', 'PHOTOS', 'DATA', 'KNOWN', 'FIELDS', 'SMALL', 'LAR
 # %% ../nbs/08j_bench_unknowns.ipynb #9458c9c1
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +61,7 @@ class Shown:
         lines = None if self.lines is None else np.concatenate([self.lines, other.lines])
         return Shown(np.concatenate([self.logits, other.logits]), np.concatenate([self.features, other.features]), pd.concat([self.pills, other.pills], ignore_index=True), lines)
 
-
+# %% ../nbs/08j_bench_unknowns.ipynb #a207a77e
 def show_pills(evaluated: Evaluated, pills: pd.DataFrame) -> Shown:
     "Show pills to a model; the rows are those that it saw."
     found = evaluated.see(pills)
@@ -80,15 +80,19 @@ def of_drugs(right: np.ndarray, pills: pd.DataFrame) -> str:
 # %% ../nbs/08j_bench_unknowns.ipynb #d6e4bc72
 def see_with(judge: Judge, shown: Shown) -> Seen:
     "Compare pills with a judge's gallery, and with its imprints."
-    return see(shown.logits, shown.features, judge.gallery, judge.imprints and judge.imprints.knowing * judge.imprints.agree(shown.lines))
+    return see(shown.logits, shown.features, judge.gallery, judge.imprints and judge.imprints.add_to_cosine(judge.imprints.agree(shown.lines)))
 
 
-def score_table(judge: Judge, test: Shown, strange: Shown) -> pd.DataFrame:  # index: score; auroc, worst, far95
-    "Compare the scores."
+def score_pills(judge: Judge, test: Shown, strange: Shown) -> dict[str, tuple[np.ndarray, np.ndarray]]:  # score → of the known pills, of the unknown ones
+    "Give every score of all pills."
     known, unknown = (see_with(judge, shown) for shown in (test, strange))
+    return {name: (SCORES[name](known, judge.residual), SCORES[name](unknown, judge.residual)) for name in offered(known)}
+
+# %% ../nbs/08j_bench_unknowns.ipynb #c5fcf6de
+def score_table(scores: Mapping[str, tuple[np.ndarray, np.ndarray]], strange: Shown) -> pd.DataFrame:  # index: score; auroc, worst, far95
+    "Compare the scores."
     rows = {}
-    for name in offered(known):
-        ours, theirs = (SCORES[name](seen, judge.residual) for seen in (known, unknown))
+    for name, (ours, theirs) in scores.items():
         by_drug = [auroc(ours, theirs[(strange.pills.k_code == drug).to_numpy()]) for drug in strange.pills.k_code.unique()]
         rows[name] = {"auroc": auroc(ours, theirs), "worst": min(by_drug), "far95": false_accepts(ours, theirs)}
     return pd.DataFrame(rows).T
@@ -104,9 +108,9 @@ def draw_drugs(measure: Callable[[np.ndarray, np.ndarray], float], known: np.nda
 
 def score_rows(judge: Judge, test: Shown, strange: Shown) -> dict[str, str]:  # what → figures
     "Write what each score is worth; with an interval, what the one that ships is worth."
-    table, seen = score_table(judge, test, strange), [see_with(judge, shown) for shown in (test, strange)]
-    scores, drugs_of = [SCORES[judge.method](part, judge.residual) for part in seen], (test.pills.k_code, strange.pills.k_code)
-    span = {column: " ({:.3f} to {:.3f})".format(*draw_drugs(measure, *scores, drugs_of)) for column, measure in (("auroc", auroc), ("far95", false_accepts))}
+    scores = score_pills(judge, test, strange)
+    table, drugs_of = score_table(scores, strange), (test.pills.k_code, strange.pills.k_code)
+    span = {column: " ({:.3f} to {:.3f})".format(*draw_drugs(measure, *scores[judge.method], drugs_of)) for column, measure in (("auroc", auroc), ("far95", false_accepts))}
     line = lambda column: ", ".join(f"**{value:.3f}**{span.get(column, '')}" if name == judge.method else f"{value:.3f}" for name, value in table[column].items())
     drugs = strange.pills.k_code.nunique()
     return {f"AUROC on the {drugs}: {', '.join(table.index)}": line("auroc"), "AUROC of the worst drug, in the same order": line("worst"), "false accepts where 95 % of the known are accepted": line("far95")}
@@ -274,6 +278,8 @@ def arm_figures(opened: Opened, settings: Settings) -> dict[str, dict[str, str]]
     on_new = ~answered.k_code.isin(opened.evaluated.manifest.classes)
     whole = "; ".join(of_drugs(rows.right.to_numpy(), rows) for rows in (answered[on_new], answered[~on_new]))
     scored = {"known drugs, top-1": of_drugs(names_right(judge, test), test.pills)} | score_rows(judge, test, unknown) | side_rows(judge, test)
+    if opened.evaluated.stage.imprints:
+        scored["the letters' weight in naming, in knowing"] = "{naming:.2f}, {knowing:.3f}".format(**asdict(judge.imprints)) if judge.imprints else "not read: no better on validation"
     return {SCORED: scored, HINTED: hint_rows(judge, test, strange, registry), ENROLLED: enrolment_rows(judge, test, opened.pool, opened.new, sides) | {"trained on all": whole}}
 
 # %% ../nbs/08j_bench_unknowns.ipynb #7dc7ef61

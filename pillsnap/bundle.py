@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['DECIDES', 'SUMS', 'PICTURES', 'PROVIDERS', 'MOST_CROPS', 'GOLDEN_WITHIN', 'LETTERS_WITHIN', 'BOXES_WITHIN',
            'file_sum', 'hash_file', 'join_sums', 'split_sums', 'write_sums', 'check_sums', 'bundle_hash',
-           'open_session', 'classify_with', 'detect_with', 'open_reader', 'later', 'Bundle', 'picture_key',
-           'read_preprocess', 'open_detector', 'open_bundle', 'check_answer', 'describe_letters', 'check_letters',
-           'golden_square', 'describe_boxes', 'check_boxes', 'describe_drug', 'describe_pill', 'show_thumbnail',
-           'describe_answer']
+           'open_session', 'classify_with', 'detect_with', 'open_reader', 'reader_device', 'later', 'Bundle',
+           'picture_key', 'read_preprocess', 'open_detector', 'open_bundle', 'check_answer', 'describe_letters',
+           'check_letters', 'golden_square', 'describe_boxes', 'check_boxes', 'describe_drug', 'describe_pill',
+           'show_thumbnail', 'describe_answer']
 
 # %% ../nbs/03h_bundle.ipynb #f02124ea
 import base64
@@ -133,6 +133,13 @@ def open_reader(path: Path, wanted: str = "", device: str = "cpu", threads: int 
     session = open_session(path, device, threads)
     return lambda windows: session.run(["letters"], {"windows": windows})[0]
 
+
+def reader_device(device: str) -> str:  # torch's name of a device → cpu or cuda
+    "Say where to run a reader beside a model that is on a device: there too, if onnxruntime can."
+    import onnxruntime as ort
+
+    return "cuda" if device.startswith("cuda") and "CUDAExecutionProvider" in ort.get_available_providers() else "cpu"
+
 # %% ../nbs/03h_bundle.ipynb #78c04209
 def later(make: Callable[[], Any]) -> Callable[[], Any]:
     "Make something at its first use, once, whoever comes first."
@@ -197,7 +204,7 @@ def read_preprocess(config: Mapping[str, Any]) -> Preprocess:
         raise PillSnapError(f"the bundle's preprocessing is {config['hash']} (version {pre.version}), this version's is {pre.hash} (version {Preprocess.version}): export the run again")
     return pre
 
-
+# %% ../nbs/03h_bundle.ipynb #f861b503
 def open_detector(folder: Path, answer: Mapping[str, Any], device: str, threads: int) -> Callable[[np.ndarray], np.ndarray]:  # (b, s, s, 3) uint8 → (b, 5, n)
     "Load the detector and check what it gives for the golden photo."
     network = partial(detect_with, open_session(folder / "detector.onnx", device, threads))

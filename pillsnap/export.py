@@ -396,8 +396,10 @@ def ensure_bundle(plan: Parameters) -> Path:
 # %% ../nbs/06_export.ipynb #2db69dd2
 def time_bundle(bundle: Bundle, crops: np.ndarray, evaluated: Evaluated) -> pd.DataFrame:  # index: what; p50_ms, p95_ms
     "Time a bundle's parts and its whole answers, one photo at a time."
-    [photo] = some_photos(evaluated, 1)
-    calls = {"classify one pill": lambda: bundle.pipeline.classify(crops[:1]), "one photo, mode single": lambda: bundle([photo], "single")}
+    [photo], network = some_photos(evaluated, 1), open_session(bundle.folder / "classifier.onnx", "cuda" if evaluated.device.startswith("cuda") else "cpu")
+    calls = {"classify one pill": lambda: classify_with(network, crops[:1]), "one photo, mode single": lambda: bundle([photo], "single")}
+    if bundle.pipeline.judge.imprints:
+        calls["classify and read one pill"] = lambda: bundle.pipeline.classify(crops[:1])
     if bundle.pipeline.detect:
         calls["one photo, mode combination"] = lambda: bundle([photo], "combination")
     return time_by_turns(calls, WARM_UPS, RUNS).drop(columns="ratio")

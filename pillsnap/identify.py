@@ -131,6 +131,8 @@ def check_outputs(n: int, classes: int, logits: np.ndarray, features: np.ndarray
         raise ValueError(f"classify gave arrays {logits.shape} and {features.shape} for {n} crops and {classes} classes")
     if lines is not None and lines.shape != (n, *IMPRINT):
         raise ValueError(f"classify gave an array {lines.shape} for the imprints of {n} crops, not {(n, *IMPRINT)}")
+    if lines is not None and not np.isfinite(lines).all():
+        raise ValueError(f"classify gave {int((~np.isfinite(lines)).sum())} likelihoods of letters that are no numbers")
     if not (np.isfinite(logits).all() and np.isfinite(features).all()):
         raise ValueError(f"classify gave {int((~np.isfinite(logits)).sum())} logits and {int((~np.isfinite(features)).sum())} features that are no numbers")
 
@@ -270,7 +272,7 @@ class Pipeline:
         photos: Sequence[np.ndarray | bytes],
         regions: Sequence[Sequence[float] | None] | None = None,
         pictures: Sequence[str] | None = None,
-        imprints: Mapping[str, str] | None = None,  # print_front, print_back, as a registry writes them; None: what the registry has of the drug
+        imprints: Mapping[str, str] | None = None,  # print_front, print_back, as a registry writes them; None: what the registry has of the drug, and if that is nothing, letters say nothing of it
     ) -> "Pipeline":
         "Add a drug from one to five photos of one pill each, framed as in mode single; raises PillSnapError for a photo that cannot be read."
         if regions is not None and len(regions) != len(photos):

@@ -4,19 +4,22 @@
 
 # %% auto #0
 __all__ = ['LETTERS', 'READER', 'WINDOW', 'TURNS', 'Spell', 'LINES', 'GAP', 'COLUMNS', 'IMPRINT', 'FLOOR', 'BESIDE', 'BLANK',
-           'LEAST', 'SAID', 'Sides', 'even_light', 'reframe', 'turn_window', 'turned_windows', 'best_lines',
-           'read_imprints', 'spell_out', 'imprint_letters', 'follow', 'two_peaks', 'match_texts', 'match_some',
-           'list_sides', 'Imprints']
+           'LEAST', 'SILENT_WORDS', 'Sides', 'MATCHING', 'even_light', 'reframe', 'turn_window', 'turned_windows',
+           'best_lines', 'read_imprints', 'spell_out', 'imprint_letters', 'follow', 'two_peaks', 'Group', 'group_texts',
+           'match_groups', 'match_some', 'match_texts', 'list_sides', 'list_all_sides', 'compile_sides', 'Imprints']
 
 # %% ../nbs/03eda_imprints.ipynb #9a5e0bcb
+import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import cv2
 import numpy as np
 
+from .core import PillSnapError
 from .preprocess import Preprocess, cut_window, resize_square
 
 # %% ../nbs/03eda_imprints.ipynb #c3fe0b17
@@ -111,73 +114,127 @@ def two_peaks(lines: np.ndarray) -> np.ndarray:  # (n, columns, 36) → (n, 2, 3
     near = np.abs(np.arange(lines.shape[1])[:, None] - first[:, None]) <= GAP
     return np.stack([lines.max(1), np.where(near, 0, lines).max(1)], axis=1)
 
-
-
 # %% ../nbs/03eda_imprints.ipynb #728cb85c
-def match_texts(lines: np.ndarray, texts: Sequence[str], chunk: int = 64) -> np.ndarray:  # (n, 4, columns, 36), texts of LETTERS → (n, texts)
-    "Say how well pills agree with texts, as log-likelihoods, some pills at a time; 0 at best."
-    unique, place = np.unique(np.array(texts, str), return_inverse=True)
-    parts = [match_some(lines[i : i + chunk], unique.tolist()) for i in range(0, len(lines), chunk)]
-    return np.concatenate(parts)[:, place] if parts else np.empty((0, len(texts)), np.float32)
+@dataclass(frozen=True, eq=False)
+class Group:
+    "Texts of one length, ready to be matched."
+    rows: np.ndarray  # (k,) among all texts
+    places: np.ndarray  # (k, length) in LETTERS
+    more: np.ndarray  # (72, k) float32: is a letter that is seen once, or twice, too much
 
 
-def match_some(lines: np.ndarray, texts: Sequence[str]) -> np.ndarray:  # (n, 4, columns, 36) → (n, texts)
-    "Match all pills at once: the texts of one length together."
+def group_texts(texts: Sequence[str]) -> list[Group]:
+    "Group texts by their length; of those that are longer than a line the beginning counts. Raises ValueError for what is no letter."
+    lengths, groups = np.array([min(len(text), COLUMNS) for text in texts], int), []
+    for length in np.unique(lengths):
+        rows = np.flatnonzero(lengths == length)
+        places = np.array([[LETTERS.index(c) for c in texts[i][:length]] for i in rows], int).reshape(len(rows), length)
+        times = (places[:, :, None] == np.arange(len(LETTERS))).sum(1)  # (k, 36)
+        groups.append(Group(rows, places, np.concatenate([times < 1, times < 2], axis=1).T.astype(np.float32)))
+    return groups
+
+# %% ../nbs/03eda_imprints.ipynb #7ffc1900
+def match_groups(lines: np.ndarray, groups: Sequence[Group], chunk: int = 64) -> np.ndarray:  # (n, 4, columns, 36) → (n, texts)
+    "Match pills with texts, some pills at a time."
+    parts = [np.empty((0, sum(len(group.rows) for group in groups)), np.float32)]
+    return np.concatenate(parts + [match_some(np.asarray(lines[i : i + chunk], np.float32), groups) for i in range(0, len(lines), chunk)])
+
+
+def match_some(lines: np.ndarray, groups: Sequence[Group]) -> np.ndarray:  # (n, 4, columns, 36) → (n, texts)
+    "Match all pills with all texts at once."
     n, kept, columns, _ = lines.shape
     flat = lines.reshape(n * kept, columns, len(LETTERS))
     logs, absent = (np.log((p + FLOOR) / (1 + FLOOR)) for p in (flat, 1 - two_peaks(flat)))  # (n * 4, columns, 36), (n * 4, 2, 36)
-    found, lengths = np.empty((n * kept, len(texts)), np.float32), np.array([min(len(text), columns) for text in texts], int)
-    for length in np.unique(lengths):
-        these = np.flatnonzero(lengths == length)
-        if not length:
-            found[:, these] = BLANK * absent.min((1, 2))[:, None]
-            continue
-        places = np.array([[LETTERS.index(c) for c in texts[i][:length]] for i in these])
-        times = (places[:, :, None] == np.arange(len(LETTERS))).sum(1)  # (texts, 36)
-        more = np.stack([times < 1, times < 2], axis=1).astype(np.float32)  # is a letter seen once, or twice, too much
-        found[:, these] = follow(logs, places) + BESIDE * absent.reshape(len(flat), -1) @ more.reshape(len(these), -1).T
-    of_lines = found.reshape(n, kept, len(texts))
-    return np.where(lengths == 0, of_lines.min(1), of_lines.max(1))
+    found = np.empty((n, sum(len(group.rows) for group in groups)), np.float32)
+    for group in groups:
+        if not group.places.shape[1]:
+            found[:, group.rows] = BLANK * absent.min((1, 2)).reshape(n, kept).min(1)[:, None]
+        else:
+            of_lines = follow(logs, group.places) + BESIDE * absent.reshape(len(flat), -1) @ group.more
+            found[:, group.rows] = of_lines.reshape(n, kept, -1).max(1)
+    return found
+
+
+def match_texts(lines: np.ndarray, texts: Sequence[str]) -> np.ndarray:  # (n, 4, columns, 36), texts of LETTERS → (n, texts)
+    "Say how well pills agree with texts, as log-likelihoods; 0 at best."
+    return match_groups(lines, group_texts(texts))
 
 # %% ../nbs/03eda_imprints.ipynb #7932629f
 LEAST = -12.0  # log-likelihood
-SAID = str.maketrans("", "", " |-+/.")  # what stands between the parts of an imprint
+SILENT_WORDS = re.compile(r"십자|분할선|[\s|\-+/.\u00ad]")  # score lines, and what stands between the parts of an imprint
 Sides = tuple[str | None, ...]  # letters of each side; None: there may be anything
 
 
 def list_sides(drug: Mapping[str, Any]) -> Sides:  # drug: a row of the registry, or what there is of it
     "Say what stands on a drug's sides."
-    texts = [text if isinstance(text := drug.get(name), str) else "" for name in ("print_front", "print_back")]
+    texts = [unicodedata.normalize("NFKC", text) if isinstance(text := drug.get(name), str) else "" for name in ("print_front", "print_back")]
     if not any(map(str.strip, texts)):
         return (None,)
-    return tuple(imprint_letters(text) or (None if text.replace("분할선", "").translate(SAID) else "") for text in texts)
+    return tuple(imprint_letters(text) or (None if SILENT_WORDS.sub("", text) else "") for text in texts)
+
+
+def list_all_sides(drugs: Mapping[str, Mapping[str, Any]], k_codes: Sequence[str], where: Any) -> list[Sides]:  # drugs: rows by K-code; where: their file
+    "Look the imprints of drugs up; raises PillSnapError where none of them has one."
+    sides = [list_sides(drugs.get(k_code, {})) for k_code in k_codes]
+    if not any(any(side) for side in sides):
+        raise PillSnapError(f"imprints=true, but {where} has no imprint of any of the {len(sides)} drugs: leave imprints=false, or give data whose labels say what is printed on a pill")
+    return sides
 
 # %% ../nbs/03eda_imprints.ipynb #f93d4760
+def compile_sides(
+    all_sides: Sequence[Sides],
+    learned: int,  # so many of the drugs, the first, say what an unknown text is worth
+) -> tuple[list[Group], np.ndarray, np.ndarray, np.ndarray]:  # the different texts; each drug's place among them of its first side and of its last, one behind the texts for None; places of the texts of learned drugs
+    "Make the texts of drugs ready to be matched."
+    texts = sorted({text for sides in all_sides for text in sides if text is not None})
+    place = {text: i for i, text in enumerate(texts)} | {None: len(texts)}
+    first, last = (np.array([place[sides[end]] for sides in all_sides], int) for end in (0, -1))
+    known = sorted({place[text] for sides in all_sides[:learned] for text in sides if text is not None})
+    return group_texts(texts), first, last, np.array(known, int)
+
+# %% ../nbs/03eda_imprints.ipynb #640993ca
+MATCHING = 1  # version of how lines are matched with texts: what was fitted to another one does not hold
+
+
 @dataclass(frozen=True, eq=False)
 class Imprints:
     "What drugs bear, and what it is worth that a pill agrees with it."
     sides: Sequence[Sides]  # of each drug
+    learned: int  # so many of them, the first, are those it was fitted on
     naming: float = 1.0  # added to a drug's logit, times the agreement
     knowing: float = 0.0  # added to the cosine of its nearest gallery pill, times the agreement
+    typical: float = 0.0  # agreement of a pill with its own drug, where that drug's letters are known
     reader: str = ""  # hash of the reader that it was fitted to
+    matching: int = MATCHING
+
+    @cached_property
+    def told(self) -> np.ndarray:  # (drugs,) bool
+        "Say whose letters are known on all sides."
+        return np.array([None not in sides for sides in self.sides], bool)
+
+    @cached_property
+    def compiled(self) -> tuple[list[Group], np.ndarray, np.ndarray, np.ndarray]:  # as `compile_sides`
+        "Make the texts ready, once."
+        return compile_sides(self.sides, self.learned)
 
     def agree(self, lines: np.ndarray, chunk: int = 4096) -> np.ndarray:  # (n, 4, columns, 36) → (n, drugs) float32, LEAST to 0
         "Say how well pills agree with each drug, some thousand at a time."
-        texts = sorted({text for sides in self.sides for text in sides if text is not None})
-        place = {text: i for i, text in enumerate(texts)} | {None: len(texts)}
-        first, last = (np.array([place[sides[end]] for sides in self.sides], int) for end in (0, -1))
-        parts = [np.empty((0, len(self.sides)), np.float32)]
+        (groups, first, last, known), parts = self.compiled, [np.empty((0, len(self.sides)), np.float32)]
         for start in range(0, len(lines), chunk):
-            found = np.maximum(match_texts(np.asarray(lines[start : start + chunk], np.float32), texts or [""]), LEAST)[:, : len(texts)]
-            anything = np.log(np.exp(found).mean(1, keepdims=True)) if texts else np.zeros((len(found), 1), np.float32)
+            found = np.maximum(match_groups(lines[start : start + chunk], groups), LEAST)
+            anything = np.log(np.exp(found[:, known]).mean(1, keepdims=True)) if len(known) else np.zeros((len(found), 1), np.float32)
             found = np.concatenate([found, anything], axis=1)
             parts.append(np.maximum(found[:, first], found[:, last]))
         return np.concatenate(parts)
+
+    def add_to_cosine(self, agreement: np.ndarray) -> np.ndarray:  # (n, drugs) of `agree` → (n, drugs)
+        "Say what agreement adds to a cosine: of a drug whose letters nobody knows, what a pill's own drug gets as a rule."
+        return self.knowing * np.where(self.told, agreement, np.float32(self.typical))
 
     def add(self, sides: Sides) -> "Imprints":
         "Add a drug."
         return replace(self, sides=[*self.sides, sides])
 
     def drop(self, drug: int) -> "Imprints":
-        "Take a drug out."
+        "Take a drug out that was added."
         return replace(self, sides=[sides for i, sides in enumerate(self.sides) if i != drug])

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PLAUSIBLE', 'ENROLLED', 'MISMATCH', 'ALIKE', 'Reading', 'Verdict', 'Judge', 'trusting', 'Outputs', 'fit_worth',
-           'fit_naming', 'fit_reserve', 'add_missing', 'Fitting', 'start_fitting', 'fit_agreement', 'fit_judge',
-           'enrol_drug', 'dismiss_drug', 'fuse', 'allow', 'Hint', 'read_hint', 'plain_imprint', 'agree', 'weigh',
-           'save_judge', 'load_judge']
+           'fit_naming', 'cross_naming', 'fit_reserve', 'add_missing', 'Fitting', 'start_fitting', 'weigh_letters',
+           'fit_agreement', 'fit_judge', 'enrol_drug', 'dismiss_drug', 'fuse', 'allow', 'Hint', 'read_hint',
+           'plain_imprint', 'agree', 'weigh', 'save_judge', 'load_judge']
 
 # %% ../nbs/03ef_judge.ipynb #97128fe4
 import json
@@ -25,7 +25,7 @@ from .calibration import MOST_VALUES, NO_SCALING, Scaling, choose_scaling, fit_s
 from .core import PillSnapError, suggest
 from .disk import atomic_path
 from .gallery import Gallery, dismiss, enrol, make_gallery, unit
-from .imprints import Imprints, Sides, spell_out
+from .imprints import MATCHING, Imprints, Sides, spell_out
 from .unknowns import JUDGED, SCORES, Residual, Seen, compare_scores, fit_knowing, fit_residual, leave_out, see, threshold_for
 
 # %% ../nbs/03ef_judge.ipynb #0ed6f280
@@ -88,18 +88,15 @@ class Judge:
             return Reading(self.classes, log_softmax(self.scaling(logits)), np.zeros(n), np.zeros(n), np.empty((n, 0)), np.empty((n, 0), int), np.empty((n, 0)), np.full(n, ""))
         near, place, cosine = self.gallery.compare(features)
         everything = np.concatenate([self.scaling(logits), self.worth[0] * near[:, old:] + self.worth[1]], axis=1)
-        if not self.imprints:
-            return Reading(self.names, log_softmax(everything), self.measure(logits, features, near), np.zeros(n), near, place, cosine, np.full(n, ""))
-        if lines is None:
-            raise ValueError("this judge reads imprints: it needs their lines beside logits and features")
-        agree = self.imprints.agree(lines)
-        added, letters = self.imprints.knowing * agree, np.array([spell_out(own) for own in lines], object)
-        return Reading(self.names, log_softmax(everything + self.imprints.naming * agree), self.measure(logits, features, near, added), np.zeros(n), near + added, place, cosine, letters)
-
-    def measure(self, logits: np.ndarray, features: np.ndarray, near: np.ndarray, agree: np.ndarray | None = None) -> np.ndarray:  # (n,)
-        "Score pills against the known drugs."
-        old = len(self.classes)
-        return SCORES[self.method](Seen(logits, features, near[:, :old], None if agree is None else agree[:, :old]), self.residual)
+        added, letters = None, np.full(n, "")
+        if self.imprints:
+            if lines is None:
+                raise ValueError("this judge reads imprints: it needs their lines beside logits and features")
+            agreement, letters = self.imprints.agree(lines), np.array([spell_out(own) for own in lines], object)
+            everything += self.imprints.naming * agreement
+            added = self.imprints.add_to_cosine(agreement)
+        score = SCORES[self.method](Seen(logits, features, near[:, :old], None if added is None else added[:, :old]), self.residual)
+        return Reading(self.names, log_softmax(everything), score, np.zeros(n), near if added is None else near + added, place, cosine, letters)
 
     def knows(self, reading: Reading) -> np.ndarray:  # (n,) bool
         "Say which pills count as known: by their score, or as near to the enrolled drug they are named as pills are to their own."
@@ -146,16 +143,29 @@ def fit_worth(scaled: np.ndarray, near: np.ndarray, labels: np.ndarray) -> tuple
     slope, offset = np.polyfit(x, y, 1) if np.ptp(x) > 1e-6 else (0.0, float(y.mean()))
     return float(max(0.0, slope)), float(offset)
 
-
-def fit_naming(scaled: np.ndarray, agree: np.ndarray, labels: np.ndarray) -> tuple[float, float]:  # (n, classes) both; factors of the one and of the other
-    "Find what scaled logits and agreement with the imprint are worth together, by cross-entropy: when both speak for a drug, each needs to say less."
+# %% ../nbs/03ef_judge.ipynb #db733120
+def fit_naming(scaled: np.ndarray, agreement: np.ndarray, labels: np.ndarray, most: float = 3.0) -> tuple[float, float]:  # (n, classes) both; factors of the one and of the other
+    "Find what scaled logits and agreement with the imprint are worth together, by cross-entropy: when both speak for a drug, each needs to say less. As much as one pill says is known before: a factor of 1, and half of the agreement, or `most`."
     from scipy.optimize import minimize
 
     few = slice(None, None, max(1, scaled.size // MOST_VALUES))
-    z, a, y = scaled[few], agree[few].astype(np.float64), labels[few]
-    cost = lambda x: negative_log_likelihood(np.exp(x[0]) * z + x[1] * a, y) + (2 * x[0] ** 2 + (x[1] - 0.5) ** 2) / len(y)
-    found = minimize(cost, [0.0, 0.5], method="L-BFGS-B", bounds=[(-1.5, 1.5), (0.0, 3.0)])
+    z, a, y = scaled[few], agreement[few].astype(np.float64), labels[few]
+
+    def cost(x: np.ndarray) -> float:
+        return negative_log_likelihood(np.exp(x[0]) * z + x[1] * a, y) + (2 * x[0] ** 2 + (x[1] - 0.5) ** 2) / len(y)
+
+    found = minimize(cost, [0.0, min(0.5, most)], method="L-BFGS-B", bounds=[(-1.5, 1.5), (0.0, most)])
     return float(np.exp(found.x[0])), float(found.x[1])
+
+
+def cross_naming(scaled: np.ndarray, agreement: np.ndarray, labels: np.ndarray, folds: int = 5) -> np.ndarray:  # (n, classes) logits with what the imprint adds
+    "Weigh each fifth of the pills by what was fitted on the others."
+    part, out = np.random.default_rng(1).permutation(len(labels)) % folds, np.array(scaled, np.float64)
+    for held in (part == fold for fold in range(folds)):
+        if held.any() and not held.all():
+            factor, naming = fit_naming(scaled[~held], agreement[~held], labels[~held])
+            out[held] = factor * scaled[held] + naming * agreement[held]
+    return out
 
 # %% ../nbs/03ef_judge.ipynb #996276e7
 ENROLLED = 3  # photos of a drug that is enrolled, as the reserve reckons
@@ -167,7 +177,7 @@ def fit_reserve(
     gallery: Gallery,
     labels: np.ndarray,  # (n,)
     worth: tuple[float, float],
-    added: np.ndarray,  # (n, classes) what the imprint adds to a logit
+    added: np.ndarray,  # (n, classes) what the imprint adds to a logit; or (n, 1), the same for all
     lost: float = 0.001,
     folds: int = 5,
 ) -> float:
@@ -181,7 +191,7 @@ def fit_reserve(
             continue
         known = np.where(new, -np.inf, scaled[old] + added[old])
         right = known.argmax(1) == labels[old]
-        margins.append(((worth[0] * near[old] + worth[1] + added[old])[:, new].max(1) - known.max(1))[right])
+        margins.append(((worth[0] * near[old] + worth[1] + added[old])[right][:, new].max(1) - known[right].max(1)))
         pills += int(old.sum())
     found = np.sort(np.concatenate(margins))[::-1] if margins else np.empty(0)
     return float(max(0.0, found[min(int(lost * pills), len(found) - 1)] + 1e-6)) if len(found) else 0.0
@@ -200,7 +210,7 @@ class Fitting:
     scaling: Scaling
     scaled: np.ndarray  # (n, classes) logits of the validation pills
     apart: np.ndarray  # (n, classes) the same, scaled by what was fitted without them, with what the imprint adds
-    added: np.ndarray  # (n, classes) what the imprint adds to a logit; zeros where none is read
+    added: np.ndarray  # (n, classes) what the imprint adds to a logit; (n, 1) zeros where none is read
     known: Seen  # the validation pills
     unknown: Seen  # pills of other drugs, or the same with their own drug left out
     imprints: Imprints | None
@@ -215,24 +225,34 @@ def start_fitting(train: Outputs, val: Outputs, classes: Sequence[str], weight: 
     known = see(val.logits, val.features, gallery)
     unknown = see(strange.logits, strange.features, gallery) if strange else leave_out(known, val.labels)
     told = {"cross_entropy": left_out.to_dict(), "chosen_on": "other drugs" if strange else "drugs left out in turn"}
-    return Fitting(gallery, scaling, scaling(val.logits), apart, np.zeros_like(apart), known, unknown, None, told)
+    return Fitting(gallery, scaling, scaling(val.logits), apart, np.zeros((len(apart), 1), np.float32), known, unknown, None, told)
 
 # %% ../nbs/03ef_judge.ipynb #a9fa8bf8
+def weigh_letters(fitting: Fitting, agreement: np.ndarray, labels: np.ndarray) -> tuple[float, float, dict[str, Any]]:  # factors of logits and of agreement; what they bring
+    "Weigh letters against logits. They are read if naming by them saves more than one unit of log-likelihood, which is what a factor costs by Akaike's criterion; what another factor of the logits saves alone does not count."
+    alone, _ = fit_naming(fitting.apart, agreement, labels, most=0.0)
+    factor, naming = fit_naming(fitting.apart, agreement, labels)
+    without, read = (negative_log_likelihood(logits, labels) for logits in (alone * fitting.apart, factor * fitting.apart + naming * agreement))
+    return factor, naming, {"without": without, "with": read, "naming": naming, "read": bool(len(labels) * (without - read) > 1)}
+
+
 def fit_agreement(fitting: Fitting, sides: Sequence[Sides], val: Outputs, strange: Outputs | None) -> Fitting:
-    "Let the imprints speak, unless the validation pills are named no better with them: by Akaike's criterion, two factors must save two units of log-likelihood."
-    imprints = Imprints(sides)
-    agree = imprints.agree(val.lines)
-    factor, naming = fit_naming(fitting.apart, agree, val.labels)
-    before, after = (negative_log_likelihood(logits, val.labels) for logits in (fitting.apart, factor * fitting.apart + naming * agree))
-    told = fitting.told | {"imprints": {"without": before, "with": after, "naming": naming, "read": bool(len(val.labels) * (before - after) > 2)}}
-    if not told["imprints"]["read"]:
-        return replace(fitting, told=told)
-    known, unknown = (replace(seen, agree=letters) for seen, letters in ((fitting.known, agree), (fitting.unknown, imprints.agree(strange.lines) if strange else agree)))
+    "Let the imprints speak, unless the validation pills are named no better with them; raises PillSnapError where none were read."
+    if val.lines is None or (strange and strange.lines is None):
+        raise PillSnapError("imprints are to be matched, and those of the validation pills were not read")
+    imprints, own = Imprints(sides, len(sides)), (np.arange(len(val.labels)), val.labels)
+    agreement = imprints.agree(val.lines)
+    factor, naming, told = weigh_letters(fitting, agreement, val.labels)
+    if not told["read"]:
+        return replace(fitting, told=fitting.told | {"imprints": told})
+    lettered = imprints.told[val.labels]
+    imprints = replace(imprints, naming=naming, knowing=1.0, typical=float(np.median(agreement[own][lettered])) if lettered.any() else 0.0)
+    known = replace(fitting.known, agree=imprints.add_to_cosine(agreement))
+    unknown = replace(fitting.unknown, agree=imprints.add_to_cosine(imprints.agree(strange.lines)) if strange else known.agree)
     knowing = fit_knowing(known, unknown)
-    told["imprints"]["knowing"] = knowing
     known, unknown = (replace(seen, agree=knowing * seen.agree) for seen in (known, unknown))
     scaling = replace(fitting.scaling, factor=factor * fitting.scaling.factor, offset=factor * fitting.scaling.offset)
-    return replace(fitting, scaling=scaling, scaled=factor * fitting.scaled, apart=factor * fitting.apart + naming * agree, added=naming * agree, known=known, unknown=unknown, imprints=replace(imprints, naming=naming, knowing=knowing), told=told)
+    return Fitting(fitting.gallery, scaling, factor * fitting.scaled, cross_naming(fitting.apart, agreement, val.labels), naming * agreement, known, unknown, replace(imprints, knowing=knowing), fitting.told | {"imprints": told | {"knowing": knowing}})
 
 # %% ../nbs/03ef_judge.ipynb #89788519
 def fit_judge(
@@ -253,6 +273,8 @@ def fit_judge(
     fitting = start_fitting(train, val, classes, weight, strange)
     if sides is not None:
         fitting = fit_agreement(fitting, sides, val, strange)
+    if method == "imprint" and fitting.imprints is None:
+        raise PillSnapError("method='imprint' needs imprints that are read and help: leave the choice to the validation pills")
     residual, known = fit_residual(train.features, train.logits, weight, bias), fitting.known
     compared = compare_scores(known, fitting.unknown, residual)
     method, p = method or next(name for name in compared.index if strange or name in JUDGED), np.exp(log_softmax(fitting.apart))
@@ -388,10 +410,12 @@ def load_judge(
         scaling = Scaling(plain["scaling"], arrays["factor"], arrays["offset"])
         gallery = Gallery(unit(arrays["gallery"]), arrays["drugs"], plain["names"], plain["pictures"]) if "gallery" in arrays else None
         residual = Residual(arrays["residual_origin"], arrays["residual_directions"], float(arrays["residual_factor"])) if "residual_origin" in arrays else None
-        imprints = Imprints(**told | {"sides": [tuple(sides) for sides in told["sides"]]}) if (told := plain.get("imprints")) else None
+        imprints = Imprints(**written | {"sides": [tuple(sides) for sides in written["sides"]]}) if (written := plain.get("imprints")) else None
         judge = Judge(plain["classes"], scaling, plain["coverage"], plain["least"], plain["method"], plain["threshold"], gallery, residual, tuple(plain["worth"]), plain["near"], plain["weights"], imprints)
     except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as e:
         raise PillSnapError(f"{path} is not a judge: {e}; evaluate the run again") from None
+    if imprints and (imprints.matching != MATCHING or len(imprints.sides) != len(judge.names)):
+        raise PillSnapError(f"{path} matches imprints of {len(imprints.sides)} drugs for {len(judge.names)} names in way {imprints.matching}; this version does it in way {MATCHING}: evaluate the run again")
     if classes is not None and judge.classes != list(classes):
         raise PillSnapError(f"{path} knows {len(judge.classes)} drugs, the model {len(classes)}, or others: evaluate the run again")
     if weights and judge.weights != weights:

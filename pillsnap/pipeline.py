@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from .aihub import pill_source
 from .boxes import Detect
-from .bundle import hash_file, open_reader
+from .bundle import hash_file, open_reader, reader_device
 from .classifier import load_classifier, predict_crops
 from .core import PillSnapError
 from .drugs import read_drugs
@@ -50,7 +50,7 @@ def open_pipeline(
     judge = load_judge(run / "judge.npz", classes, hash_file(run / "best.safetensors")) if (run / "judge.npz").exists() else trusting(classes)
     classify = lambda crops: predict_crops(model, crops, meta["pre"], device)
     if judge.imprints:
-        classify = add_reader(classify, meta["pre"], open_reader(run / "reader.onnx", judge.imprints.reader))
+        classify = add_reader(classify, meta["pre"], open_reader(run / "reader.onnx", judge.imprints.reader, reader_device(device)))
     return Pipeline(detector.detect, classify, judge, meta["pre"], replace(detector, threshold=0.001).detect, read_drugs(run / "drugs.csv"))
 
 # %% ../nbs/04a_pipeline.ipynb #3874fc35

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAY_CHANGE', 'POOL', 'ENOUGH', 'MOST_DAMAGED', 'Predictions', 'CoveredPills', 'RelaidPills', 'Evaluated',
-           'evaluation_stage', 'open_run', 'name_picture', 'some_of_each', 'manifest_strangers', 'class_sides',
+           'evaluation_stage', 'keep_reading', 'open_run', 'name_picture', 'some_of_each', 'manifest_strangers',
            'collect_outputs', 'with_judge', 'store_judge', 'Trust', 'find_strangers', 'measure_trust', 'cut_test_pill']
 
 # %% ../nbs/04d_predictions.ipynb #ab4bc1e9
@@ -18,18 +18,19 @@ import numpy as np
 import pandas as pd
 
 from .aihub import pill_source, read_photo
-from .bundle import hash_file, open_reader
+from .bundle import hash_file, open_reader, reader_device
 from .classifier import Predicted, load_classifier, predict, predict_crops, score, softmax
 from .core import Parameters, PillSnapError, Settings, Stage, open_roots, parse_overrides, pick_device
 from .data import Photos, PillDataset, stage_batches
 from .disk import atomic_path, read_json
 from .drugs import read_drugs
-from .imprints import Sides, Spell, list_sides, read_imprints
+from .imprints import Spell, list_all_sides, read_imprints
 from .judge import Judge, Outputs, Reading, fit_judge, save_judge, trusting
 from .manifest import Manifest, load_manifest, unit_hash
 from .pipeline import is_smoke
 from .preprocess import Preprocess, cover_pill, cut_square
 from .reader import ensure_reader
+from .runs import read_metrics
 from .train import classifier_pills
 from .trees import SMOKE
 from .trust import draw_nothing, draw_strangers, measure_damage, pair_sides, side_metrics, unknown_table
@@ -118,6 +119,12 @@ def evaluation_stage(trained: Stage, plan: Parameters) -> Stage:
     return replace(trained, **{name: getattr(plan.stage, name) for name in given})
 
 # %% ../nbs/04d_predictions.ipynb #f3f39a3d
+def keep_reading(run: Path, stage: Stage, plan: Parameters) -> Stage:
+    "Read imprints as the run's last evaluation did, unless this one says whether to."
+    asked = "imprints" in parse_overrides(str(plan.given.get("overrides", "")))
+    return stage if asked else replace(stage, imprints=stage.imprints or "imprints" in read_metrics(run).get("judge", {}))
+
+
 def open_run(run: Path, plan: Parameters) -> Evaluated:
     "Load a run's best weights; raises PillSnapError if its class map is not its manifest's."
     record, manifest, device = read_json(run / "run.json"), load_manifest(run / "manifest"), pick_device(plan.settings.device)
@@ -127,7 +134,8 @@ def open_run(run: Path, plan: Parameters) -> Evaluated:
     if meta["manifest_hash"] != manifest.hash:
         raise PillSnapError(f"{run}: weights were trained on manifest {meta['manifest_hash']}, the run holds {manifest.hash}")
     roots = plan.roots or open_roots(os.pathsep.join(record["roots"]))
-    return Evaluated(run, evaluation_stage(Stage(**record["stage"]), plan), manifest, roots, model, meta["pre"], device, plan.settings, trusting(manifest.classes))
+    stage = keep_reading(run, evaluation_stage(Stage(**record["stage"]), plan), plan)
+    return Evaluated(run, stage, manifest, roots, model, meta["pre"], device, plan.settings, trusting(manifest.classes))
 
 # %% ../nbs/04d_predictions.ipynb #1b3c2fb9
 POOL = 24  # training pills of a drug that the gallery chooses from
@@ -159,15 +167,6 @@ def manifest_strangers(evaluated: Evaluated, part: str) -> pd.DataFrame:  # rows
     return found[found.k_code.isin(choosing) == (part == "val")].reset_index(drop=True)
 
 
-def class_sides(evaluated: Evaluated) -> list[Sides]:  # of each class
-    "Look the imprints of the run's drugs up; raises PillSnapError where no drug has one."
-    known = read_drugs(evaluated.run / "drugs.csv").to_dict("index")
-    sides = [list_sides(known.get(k_code, {})) for k_code in evaluated.manifest.classes]
-    if not any(any(side) for side in sides):
-        raise PillSnapError(f"imprints=true, but {evaluated.run / 'drugs.csv'} has no imprint of any of the {len(sides)} drugs: leave imprints=false, or give data whose labels say what is printed on a pill")
-    return sides
-
-
 def collect_outputs(evaluated: Evaluated, pills: pd.DataFrame) -> Outputs:
     "Show the model pills."
     found = evaluated.see(pills)
@@ -176,8 +175,9 @@ def collect_outputs(evaluated: Evaluated, pills: pd.DataFrame) -> Outputs:
 # %% ../nbs/04d_predictions.ipynb #af8b1fdf
 def with_judge(evaluated: Evaluated) -> Evaluated:
     "Fit the run's judge on training and validation pills, and store it with the run."
-    sides, reader = (class_sides(evaluated), ensure_reader(evaluated.settings)) if evaluated.stage.imprints else (None, None)
-    blind, reading = replace(evaluated, spell=None), replace(evaluated, spell=open_reader(reader) if reader else None)
+    drugs = evaluated.run / "drugs.csv"
+    sides, reader = (list_all_sides(read_drugs(drugs).to_dict("index"), evaluated.manifest.classes, drugs), ensure_reader(evaluated.settings)) if evaluated.stage.imprints else (None, None)
+    blind, reading = replace(evaluated, spell=None), replace(evaluated, spell=open_reader(reader, "", reader_device(evaluated.device)) if reader else None)
     train = collect_outputs(blind, some_of_each(classifier_pills(evaluated.manifest, "train"), POOL))
     strange = manifest_strangers(evaluated, "val")
     last = evaluated.model.get_classifier()
@@ -187,7 +187,7 @@ def with_judge(evaluated: Evaluated) -> Evaluated:
     store_judge(evaluated, judge, reader)
     return replace(reading if judge.imprints else blind, judge=judge, chosen=chosen)
 
-
+# %% ../nbs/04d_predictions.ipynb #693032ea
 def store_judge(evaluated: Evaluated, judge: Judge, reader: Path | None) -> None:
     "Write a judge into the run, and its reader beside it."
     kept = evaluated.run / "reader.onnx"

@@ -215,6 +215,6 @@ def compare_runs(settings: Settings, key: str, most: int = 6) -> pd.DataFrame | 
     for run in [r for r in list_runs(settings, key) if run_state(r) == "end"][-most:]:
         stage, metrics = read_json(run / "run.json")["stage"], read_metrics(run)
         usual = asdict(STAGES[stage["stage"]])
-        changed = [f"{k}={v}" for k, v in stage.items() if k not in ("name", *SILENT) and usual.get(k) != v]
+        changed = [f"{k}={v}" for k, v in stage.items() if k not in ("name", *SILENT) and usual.get(k) != v] + ["imprints=true"] * bool(metrics.get("judge", {}).get("imprints", {}).get("read"))
         rows[run.name] = {"changed": " ".join(changed) or "–", **{k: round(metrics[k], 3) for k in COMPARED if k in metrics}}
     return pd.DataFrame(rows).T.dropna(axis=1, how="all").fillna("–") if len(rows) > 1 else None

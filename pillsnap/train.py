@@ -51,6 +51,7 @@ from .engine import (Apart, BatchPlan, Training, check_memory, estimate_memory, 
                              train_epoch)
 from .failures import count_kills, read_tail, take_stock
 from .grounds import collect_patches
+from .imprints import list_all_sides
 from .index import Index, ensure_index
 from .inspection import inspect
 from .manifest import Manifest, assign_splits, ensure_manifest, held_drugs, load_manifest, name_groups, read_allowed, save_manifest, tabulate_pills, unit_hash
@@ -98,7 +99,10 @@ def adopt(run: Path, plan: Parameters) -> Path:
 def write_inputs(run: Path, stage: Stage, manifest: Manifest, index: Index) -> None:
     "Write what the training reads besides the photos."
     save_manifest(manifest, run / "manifest")
-    look_up_drugs(index, manifest.pills).to_csv(run / "drugs.csv", index_label="k_code")
+    drugs = look_up_drugs(index, manifest.pills)
+    drugs.to_csv(run / "drugs.csv", index_label="k_code")
+    if stage.imprints:
+        list_all_sides(drugs.to_dict("index"), manifest.classes, run / "drugs.csv")  # what the evaluation would refuse is refused before the training
     list_empty(index, stage).to_csv(run / "empty.csv", index=False)
     arrangements = index.tables.images.codes[index.tables.images.kind == "combination"].astype(object).drop_duplicates()
     write_json(run / "held_drugs.json", sorted(set().union(*held_drugs(arrangements))))

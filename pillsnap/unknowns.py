@@ -105,7 +105,7 @@ def leave_out(seen: Seen, labels: np.ndarray) -> Seen:
     logits, similar = seen.logits.copy(), seen.similar.copy()
     rows = np.arange(len(labels))
     logits[rows, labels] = -np.inf
-    similar[rows, labels] = -1.0
+    similar[rows, labels] = -np.inf
     return Seen(logits, seen.features, similar, seen.agree)
 
 
@@ -115,7 +115,7 @@ def compare_scores(known: Seen, unknown: Seen, residual: Residual) -> pd.DataFra
     return pd.DataFrame(rows).T.sort_values("auroc", ascending=False, kind="stable")
 
 # %% ../nbs/03ee_unknowns.ipynb #76f5925b
-WORTHS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16)  # cosines that a unit of log-likelihood may be worth
+WORTHS = (0.0, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)  # cosines that a unit of log-likelihood may be worth
 
 
 def fit_knowing(known: Seen, unknown: Seen) -> float:  # of WORTHS; both with `agree` in log-likelihoods

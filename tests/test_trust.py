@@ -12,8 +12,9 @@ import pytest
 
 from conftest import PROJECT
 from pillsnap.aihub import pill_source
-from pillsnap.bundle import check_sums, hash_file, open_bundle, open_reader
+from pillsnap.bundle import check_sums, hash_file, open_bundle, write_sums
 from pillsnap.core import PillSnapError
+from pillsnap.disk import read_json, write_json
 from pillsnap.evaluate import evaluate_run
 from pillsnap.export import export_run
 from pillsnap.identify import identify
@@ -22,6 +23,7 @@ from pillsnap.judge import enrol_drug, load_judge
 from pillsnap.manifest import ensure_manifest
 from pillsnap.predictions import open_run, with_judge
 from pillsnap.runs import read_metrics
+from pillsnap.synthetic import make_looks
 from pillsnap.train import classifier_pills, fit, prepare_run
 from pillsnap.trees import SynthSpec, synthesise
 
@@ -139,7 +141,7 @@ def test_letters_that_are_read_make_answers_better(reading):
     without = with_judge(replace(result.evaluated, run=copy_run(run, "without"), stage=replace(result.evaluated.stage, imprints=False)))
     assert without.judge.imprints is None and without.spell is None and not (without.run / "reader.onnx").exists()
     pills = classifier_pills(result.evaluated.manifest, "test")
-    assert result.test.pills.right.mean() >= without.predict(pills).pills.right.mean()
+    assert result.test.scores["loss"] < without.predict(pills).scores["loss"]
 
 
 def copy_run(run, name):
@@ -158,25 +160,39 @@ def test_a_bundle_reads_as_the_evaluation_did(reading):
 
 
 def test_an_enrolled_drug_brings_its_imprint(reading):
+    "The right letters make a new drug likelier than wrong ones do, or none."
     run, plan, result, exported = reading
     pipeline, pills = open_bundle(exported.bundle).pipeline, pd.read_csv(run / "unknown.csv")
-    own = pills[pills.k_code == pills.k_code.iloc[0]]
+    k_code = pills.k_code.iloc[0]
+    own, drugs = pills[pills.k_code == k_code], make_looks(8, 7)
+    right = next(look for look in drugs if look.k_code == k_code).imprint
     photos, boxes = [pill_source(pill, plan.roots).read() for pill in own.itertuples()], own[list("xywh")].to_numpy(float).tolist()
-    wider = pipeline.enrol(own.k_code.iloc[0], photos[:2], boxes[:2], imprints={"print_front": "ZZ", "print_back": "분할선"})
-    assert wider.judge.imprints.sides[-1] == ("ZZ", "") and pipeline.enrol(own.k_code.iloc[0], photos[:2], boxes[:2]).judge.imprints.sides[-1] == (None,)
-    assert len(wider(photos, regions=boxes)[0].pills[0].top) == 5
+    given = {"right": dict(zip(("print_front", "print_back"), right)), "wrong": {"print_front": "QQQQ", "print_back": "분할선"}, "none": None}
+    wider = {name: pipeline.enrol(k_code, photos[:2], boxes[:2], imprints=imprints) for name, imprints in given.items()}
+    assert wider["wrong"].judge.imprints.sides[-1] == ("QQQQ", "") and wider["none"].judge.imprints.sides[-1] == (None,)
+    chance = {name: np.mean([dict(answer.pills[0].top).get(k_code, 0.0) for answer in one(photos, regions=boxes, top=7)]) for name, one in wider.items()}
+    assert chance["right"] > chance["none"] > chance["wrong"]
 
 
 def test_a_judge_without_its_reader_does_not_answer(reading, tmp_path):
     run, plan, result, exported = reading
-    shutil.copytree(exported.bundle, copy := tmp_path / "bundle")
-    (copy / "reader.onnx").unlink()
-    with pytest.raises(PillSnapError, match="reader.onnx is not there"):
-        open_bundle(copy)
-    with pytest.raises(PillSnapError, match="not the reader that the judge beside it was fitted to"):
-        open_reader(run / "best.safetensors", result.evaluated.judge.imprints.reader)
+    for name, harm, said in (("gone", lambda path: path.unlink(), "reader.onnx is not there, and the judge beside it reads imprints"),
+                             ("other", lambda path: path.write_bytes((exported.bundle / "classifier.onnx").read_bytes()), "not the reader that the judge beside it was fitted to")):
+        shutil.copytree(exported.bundle, copy := tmp_path / name)
+        harm(copy / "reader.onnx")
+        write_sums(copy)
+        with pytest.raises(PillSnapError, match=said):
+            open_bundle(copy)
     with pytest.raises(ValueError, match="reads imprints"):
         identify([np.zeros((200, 200, 3), np.uint8)], "single", None, open_run(run, replace(plan, given={})).classify, result.evaluated.judge, result.evaluated.pre)
+
+
+def test_an_evaluation_reads_as_the_one_before_did_unless_it_is_told(reading):
+    run, plan, _, _ = reading
+    copy = copy_run(run, "again")
+    write_json(copy / "run.json", (record := read_json(copy / "run.json")) | {"stage": record["stage"] | {"imprints": False}})
+    asked = lambda given: open_run(copy, replace(plan, stage=replace(plan.stage, imprints=False), given={"overrides": given})).stage.imprints
+    assert asked("") and not asked("imprints=false")
 
 
 def test_photos_whose_registry_has_no_imprint_cannot_be_read(reading):
