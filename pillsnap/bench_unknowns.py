@@ -111,9 +111,10 @@ def score_rows(judge: Judge, test: Shown, strange: Shown) -> dict[str, str]:  # 
     scores = score_pills(judge, test, strange)
     table, drugs_of = score_table(scores, strange), (test.pills.k_code, strange.pills.k_code)
     span = {column: " ({:.3f} to {:.3f})".format(*draw_drugs(measure, *scores[judge.method], drugs_of)) for column, measure in (("auroc", auroc), ("far95", false_accepts))}
-    line = lambda column: ", ".join(f"**{value:.3f}**{span.get(column, '')}" if name == judge.method else f"{value:.3f}" for name, value in table[column].items())
+    shown = lambda name, column: "–" if name not in table.index else f"**{table[column][name]:.3f}**{span.get(column, '')}" if name == judge.method else f"{table[column][name]:.3f}"
+    line = lambda column: ", ".join(shown(name, column) for name in SCORES)
     drugs = strange.pills.k_code.nunique()
-    return {f"AUROC on the {drugs}: {', '.join(table.index)}": line("auroc"), "AUROC of the worst drug, in the same order": line("worst"), "false accepts where 95 % of the known are accepted": line("far95")}
+    return {f"AUROC on the {drugs}: {', '.join(SCORES)}": line("auroc"), "AUROC of the worst drug, in the same order": line("worst"), "false accepts where 95 % of the known are accepted": line("far95")}
 
 # %% ../nbs/08j_bench_unknowns.ipynb #9ec9e14d
 def side_rows(judge: Judge, test: Shown) -> dict[str, str]:  # what → figures

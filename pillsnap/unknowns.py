@@ -72,8 +72,8 @@ SCORES: dict[str, Score] = {
     "softmax": lambda seen, residual: np.exp(log_softmax(seen.logits).max(1)),
     "energy": lambda seen, residual: energy(seen.logits),
     "distance": lambda seen, residual: seen.similar.max(1),
-    "imprint": lambda seen, residual: (seen.similar + seen.agree).max(1),
-    "vim": lambda seen, residual: energy(seen.logits) - residual.factor * residual.length(seen.features)}
+    "vim": lambda seen, residual: energy(seen.logits) - residual.factor * residual.length(seen.features),
+    "imprint": lambda seen, residual: (seen.similar + seen.agree).max(1)}
 
 
 def offered(seen: Seen) -> list[str]:
