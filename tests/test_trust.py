@@ -117,7 +117,7 @@ def test_answering_needs_no_torch():
 @pytest.fixture(scope="module")
 def reading(tmp_path_factory):
     "A barely trained run whose imprints are read, by a reader that has learned a tenth of what it should, and its bundle."
-    from pillsnap import predictions
+    from pillsnap import forecast, predictions
     from pillsnap.core import Parameters, get_stage, load_settings
     from pillsnap.reader import ReaderSpec, ensure_reader
 
@@ -130,6 +130,8 @@ def reading(tmp_path_factory):
     fit(run := prepare_run(plan, ensure_manifest(plan, index), index))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(predictions, "ensure_reader", lambda settings: ensure_reader(settings, ReaderSpec(drugs=150, windows=70_000)))
+        patch.setattr(predictions, "MOST_DAMAGED", 6)  # reading takes time
+        patch.setattr(forecast, "MOST_PILLS", 6)
         result = evaluate_run(run, plan)
     return run, plan, result, export_run(run, plan)
 
