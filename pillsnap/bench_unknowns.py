@@ -25,9 +25,9 @@ from .bench_detector import read_pills
 from .calibration import coverage_at, coverage_curve
 from .core import Parameters, Settings, Stage
 from .disk import read_json
+from .imprints import Sides, list_sides
 from .index import ensure_index
 from .inspection import inspect
-from .imprints import Sides, list_sides
 from .judge import Hint, Judge, enrol_drug, weigh
 from .predictions import Evaluated, manifest_strangers, open_run, with_judge
 from .scores import share
@@ -327,7 +327,7 @@ def run_figures(judge: Judge, test: Shown, strange: Shown, pool: Shown) -> dict[
 
 def measure_run(run: Path, settings: Settings) -> Section:
     "Measure a run of a photo set whose class list leaves drugs out."
-    evaluated = open_reading(run, settings, Stage(**read_json(run / "run.json")["stage"]).imprints)
+    evaluated = with_judge(open_run(run, Parameters(Stage(**read_json(run / "run.json")["stage"]), [], settings, {})))  # reads imprints if its evaluation did
     pills = evaluated.manifest.pills
     strange, pool = (show_pills(evaluated, pills[(pills.label < 0) & (pills.split == split) & (pills.kind == "photo")].reset_index(drop=True)) for split in ("test", "train"))
     test = show_pills(evaluated, classifier_pills(evaluated.manifest, "test"))

@@ -111,7 +111,8 @@ def leave_out(seen: Seen, labels: np.ndarray) -> Seen:
 
 def compare_scores(known: Seen, unknown: Seen, residual: Residual) -> pd.DataFrame:  # index: score; auroc, far95, best first
     "Measure each score."
-    rows = {name: {"auroc": auroc(of(known, residual), of(unknown, residual)), "far95": false_accepts(of(known, residual), of(unknown, residual))} for name, of in SCORES.items() if name in offered(known)}
+    pairs = {name: (SCORES[name](known, residual), SCORES[name](unknown, residual)) for name in offered(known)}
+    rows = {name: {"auroc": auroc(*pair), "far95": false_accepts(*pair)} for name, pair in pairs.items()}
     return pd.DataFrame(rows).T.sort_values("auroc", ascending=False, kind="stable")
 
 # %% ../nbs/03ee_unknowns.ipynb #76f5925b
