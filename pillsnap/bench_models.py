@@ -51,7 +51,7 @@ from .index import Index, ensure_index
 from .manifest import Manifest, ensure_manifest
 from .methods import make_loss
 from .pipeline import Tray, list_trays
-from .predictions import Evaluated, cut_test_pill, open_run
+from .predictions import Evaluated, cut_pill, open_run
 from .preprocess import Preprocess
 from .timing import Bench, Pair, Section, by_turns, pair_up, seconds_of
 from .train import Job, classifier_pills, make_job, open_folder, prepare_run
@@ -353,7 +353,7 @@ def some_crops(evaluated: Evaluated, number: int) -> tuple[np.ndarray, np.ndarra
     "Cut test pills; where they are fewer, some more than once."
     pills = classifier_pills(evaluated.manifest, "test")
     pills = pills.iloc[np.linspace(0, len(pills) - 1, number).astype(int)]
-    return np.stack([cut_test_pill(evaluated, pill) for pill in pills.itertuples()]), pills.label.to_numpy()
+    return np.stack([cut_pill(evaluated, pill) for pill in pills.itertuples()]), pills.label.to_numpy()
 
 # %% ../nbs/08f_bench_models.ipynb #9e280ac5
 def eager_classifier(model: nn.Module, pre: Preprocess, device: str) -> Callable[[np.ndarray], np.ndarray]:  # (n, s, s, 3) uint8 → (n, classes) logits

@@ -6,12 +6,13 @@
 __all__ = ['OTHERS', 'HINTS', 'PHOTOS', 'DATA', 'KNOWN', 'FIELDS', 'SMALL', 'LARGE', 'ARMS', 'FURTHER', 'SCORED', 'HINTED',
            'ENROLLED', 'COMMAND', 'HOW', 'Shown', 'show_pills', 'names_right', 'of_drugs', 'see_with', 'score_pills',
            'score_table', 'draw_drugs', 'score_rows', 'side_rows', 'say_of', 'verdicts_with', 'hint_rows', 'enrol_some',
-           'enrolment_rows', 'cut_pills_of', 'stranger_rows', 'Arm', 'draw_further', 'Opened', 'open_reading',
-           'open_arm', 'read_registry', 'arm_figures', 'measure_arm', 'arm_tables', 'measure_unknowns', 'answered_row',
-           'run_figures', 'measure_run']
+           'enrolment_rows', 'enrolment_time', 'cut_pills_of', 'stranger_rows', 'Arm', 'draw_further', 'Opened',
+           'open_reading', 'open_arm', 'read_registry', 'arm_figures', 'measure_arm', 'arm_tables', 'measure_unknowns',
+           'answered_row', 'run_figures', 'measure_run']
 
 # %% ../nbs/08j_bench_unknowns.ipynb #9458c9c1
 import functools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from .imprints import Sides, list_sides
 from .index import ensure_index
 from .inspection import inspect
 from .judge import Hint, Judge, enrol_drug, weigh
-from .predictions import Evaluated, manifest_strangers, open_run, with_judge
+from .predictions import Evaluated, cut_pill, manifest_strangers, open_run, with_judge
 from .scores import share
 from .synthetic import make_looks, photo_single
 from .timing import Bench, Section
@@ -175,6 +176,17 @@ def enrolment_rows(judge: Judge, test: Shown, pool: Shown, strange: Shown, sides
         rows[f"enrolled from {photos}"] = f"{of_drugs(names_right(wider, strange), strange.pills)}; {of_drugs(after, test.pills)}; {100 * (before.mean() - after.mean()):.2f} points"
     return rows
 
+# %% ../nbs/08j_bench_unknowns.ipynb #fbeb204e
+def enrolment_time(evaluated: Evaluated, pills: pd.DataFrame, photos: int = max(PHOTOS), times: int = 5) -> dict[str, str]:  # what → median seconds
+    "Time the enrolment of a drug from some of its photos."
+    own, took = pills[pills.k_code == pills.k_code.iloc[0]].head(photos), []
+    for _ in range(times):
+        start = time.perf_counter()
+        features = evaluated.classify(np.stack([cut_pill(evaluated, pill) for pill in own.itertuples()]))[1]
+        enrol_drug(evaluated.judge, "K-new", features, [str(i) for i in own.index])
+        took.append(time.perf_counter() - start)
+    return {f"one enrolled from {len(own)} photo files, seconds on {evaluated.device}": f"{np.median(took):.3f}"}
+
 # %% ../nbs/08j_bench_unknowns.ipynb #16be51a4
 def cut_pills_of(evaluated: Evaluated, folder: Path) -> np.ndarray:  # (n, s, s, 3)
     "Cut all labelled pills of a folder of photos."
@@ -281,7 +293,7 @@ def arm_figures(opened: Opened, settings: Settings) -> dict[str, dict[str, str]]
     scored = {"known drugs, top-1": of_drugs(names_right(judge, test), test.pills)} | score_rows(judge, test, unknown) | side_rows(judge, test)
     if opened.evaluated.stage.imprints:
         scored["the letters' weight in naming, in knowing"] = "{naming:.2f}, {knowing:.3f}".format(**asdict(judge.imprints)) if judge.imprints else "not read: no better on validation"
-    return {SCORED: scored, HINTED: hint_rows(judge, test, strange, registry), ENROLLED: enrolment_rows(judge, test, opened.pool, opened.new, sides) | {"trained on all": whole}}
+    return {SCORED: scored, HINTED: hint_rows(judge, test, strange, registry), ENROLLED: enrolment_rows(judge, test, opened.pool, opened.new, sides) | {"trained on all": whole} | enrolment_time(opened.evaluated, opened.pool.pills)}
 
 # %% ../nbs/08j_bench_unknowns.ipynb #7dc7ef61
 def measure_arm(bench: Bench, arm: Arm) -> dict[str, dict[str, str]]:  # table → what → figures
@@ -333,4 +345,6 @@ def measure_run(run: Path, settings: Settings) -> Section:
     test = show_pills(evaluated, classifier_pills(evaluated.manifest, "test"))
     drugs = (f"{run.name}: {len(evaluated.manifest.classes)} known drugs; {len(strange.pills)} test pills of {strange.pills.k_code.nunique()} unknown ones, "
              f"which were enrolled from {len(pool.pills)} training pills; the score was chosen on {evaluated.chosen['chosen_on']}.")
-    return Section(tables=arm_tables({run.name: run_figures(evaluated.judge, test, strange, pool)}), notes=[drugs])
+    figures = run_figures(evaluated.judge, test, strange, pool)
+    figures[ENROLLED] |= enrolment_time(evaluated, pool.pills)
+    return Section(tables=arm_tables({run.name: figures}), notes=[drugs])

@@ -34,7 +34,7 @@ from .final import earlier_readings, read_final_test
 from .forecast import Forecast, forecast_metrics, forecast_phone
 from .index import ensure_index
 from .pipeline import Outcome, measure_framing, measure_pipeline, open_pipeline, plot_framing, run_pipeline, show_worst, test_trays, time_steps
-from .predictions import CoveredPills, Evaluated, Predictions, RelaidPills, Trust, cut_test_pill, measure_trust, name_picture, open_run, with_judge
+from .predictions import CoveredPills, Evaluated, Predictions, RelaidPills, Trust, cut_pill, measure_trust, name_picture, open_run, with_judge
 from .runs import append_event, read_events, read_metrics, write_metrics
 from .scores import LOSSES, share, tidy
 from .train import classifier_pills, ensure_run
@@ -194,7 +194,7 @@ def mistakes(evaluated: Evaluated, p: Predictions, pills: int) -> tuple[list[np.
     "Cut the mistakes the model was surest of; without mistakes, the least sure answers."
     classes, wrong = evaluated.manifest.classes, p.pills[~p.pills.right].sort_values("confidence", ascending=False)
     rows = (wrong if len(wrong) else p.pills.sort_values("confidence")).head(pills)
-    crops = [cut_test_pill(evaluated, r) for r in rows.itertuples()]
+    crops = [cut_pill(evaluated, r) for r in rows.itertuples()]
     return crops, [f"is {r.k_code}\nsaid {classes[r.pred]}\n{r.confidence:.2f}" for r in rows.itertuples()], (~rows.right).tolist()
 
 # %% ../nbs/05_evaluate.ipynb #c119aadc
@@ -401,5 +401,5 @@ def show_nearest(result: Evaluation, pills: int = 6) -> Figure:
     train = classifier_pills(evaluated.manifest, "train")
     place = {name_picture(pill): pill for pill in train.itertuples()}
     chosen = np.argsort(test.reading.score)[:pills]
-    crops = {int(i): cut_test_pill(evaluated, pill) for i, pill in zip(chosen, test.pills.iloc[chosen].itertuples())}
-    return show_evidence(evaluated.judge, test.reading, crops, test.pills.k_code.tolist(), lambda name: cut_test_pill(evaluated, place[name]), [int(i) for i in chosen])
+    crops = {int(i): cut_pill(evaluated, pill) for i, pill in zip(chosen, test.pills.iloc[chosen].itertuples())}
+    return show_evidence(evaluated.judge, test.reading, crops, test.pills.k_code.tolist(), lambda name: cut_pill(evaluated, place[name]), [int(i) for i in chosen])

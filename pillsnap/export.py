@@ -43,7 +43,7 @@ from .evaluate import ensure_evaluated
 from .gallery import Gallery
 from .judge import load_judge
 from .pipeline import measure_pipeline, open_pipeline, run_pipeline, test_trays
-from .predictions import Evaluated, cut_test_pill, name_picture, open_run, some_of_each
+from .predictions import Evaluated, cut_pill, name_picture, open_run, some_of_each
 from .preprocess import Preprocess, cut_square, golden_photo, golden_vector
 from .runs import append_event, read_metrics, write_metrics
 from .timing import time_by_turns
@@ -256,7 +256,7 @@ def export_networks(evaluated: Evaluated, folder: Path) -> dict[str, Any] | None
 def compare_run(evaluated: Evaluated, folder: Path, level: str, device: str) -> tuple[dict[str, float], np.ndarray, np.ndarray]:  # what differs; crops and labels that were compared
     "Compare the exported networks with the run's own, on the evaluation's pictures."
     pills = choose_pills(evaluated, level)
-    crops, labels = np.stack([cut_test_pill(evaluated, pill) for pill in pills.itertuples()]), pills.label.to_numpy()
+    crops, labels = np.stack([cut_pill(evaluated, pill) for pill in pills.itertuples()]), pills.label.to_numpy()
     found = compare_logits(evaluated.classify(crops)[0], classify_with(open_session(folder / "classifier.onnx", device), crops)[0], labels)
     if (folder / "detector.onnx").exists():
         photos = some_photos(evaluated, 64 if level != "full" else 10**9)
@@ -352,7 +352,7 @@ def export_run(run: Path, plan: Parameters) -> Exported:
         parity = check_parity(found, LIMITS)
         if failed := [f"{row['name']} {row['value']:.6g}, {row['side']} {row['limit']:g}" for row in parity if not row["passed"]]:
             raise PillSnapError(f"the exported networks part from the trained ones, nothing was published: {'; '.join(failed)}")
-        calibrate = np.stack([cut_test_pill(evaluated, pill) for pill in classifier_pills(evaluated.manifest, "train").head(64).itertuples()])
+        calibrate = np.stack([cut_pill(evaluated, pill) for pill in classifier_pills(evaluated.manifest, "train").head(64).itertuples()])
         forms = {"classifier": choose_classifier(made, crops, labels, calibrate, device)}
         if detector:
             forms["detector"] = choose_detector(made, some_photos(evaluated, 32), some_photos(evaluated, 32, "train"), detector, device)

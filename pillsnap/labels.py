@@ -31,7 +31,7 @@ from .gallery import unit
 from .identify import Detect
 from .manifest import read_exclusions
 from .pipeline import open_pipeline
-from .predictions import Evaluated, cut_test_pill, open_run
+from .predictions import Evaluated, cut_pill, open_run
 from .train import classifier_pills
 from .viz import image_grid
 
@@ -160,7 +160,7 @@ def audit_pills(evaluated: Evaluated) -> tuple[pd.DataFrame, list[dict[str, Any]
     seen, classes = evaluated.see(pills), evaluated.manifest.classes
     pills = pills.iloc[seen.rows].reset_index(drop=True)
     own = np.exp(log_softmax(seen.logits))[np.arange(len(seen.labels)), seen.labels]
-    labels, crop = seen.labels, lambda place: cut_test_pill(evaluated, pills.iloc[place])
+    labels, crop = seen.labels, lambda place: cut_pill(evaluated, pills.iloc[place])
     tell = lambda kind, place, detail, score, exclude: {"what": kind, "photo": pills.photo[place], "k_code": pills.k_code[place], "detail": detail, "score": round(float(score), 4), "exclude": exclude, "place": place, "box": None}
     found = [tell("label", row.place, classes[row.suggested], row.score, bool(row.both)) for row in suspect_labels(name_by_others(seen.features, labels, pills.group), labels, own).itertuples()]
     for row in suspect_copies(seen.features, labels, crop).itertuples():
@@ -220,7 +220,7 @@ def show_suspects(audit: Audit, kind: str, most: int = 24) -> Figure | str:
         return f"none: {audit.looked.get(kind, 0)} looked at"
     if kind == "box":
         return show_boxes(audit, rows.head(8))
-    pictures = [cut_test_pill(audit.evaluated, audit.pills.iloc[place]) for place in rows.place]
+    pictures = [cut_pill(audit.evaluated, audit.pills.iloc[place]) for place in rows.place]
     titles = [f"{row.k_code}\n{row.detail.partition(' ')[0] or 'unusual'}\n{row.score:.3f}" for row in rows.itertuples()]
     return image_grid(pictures, titles, 8, side=1.3, bad=rows.exclude.tolist())
 

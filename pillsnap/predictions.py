@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAY_CHANGE', 'POOL', 'ENOUGH', 'MOST_DAMAGED', 'Predictions', 'CoveredPills', 'RelaidPills', 'Evaluated',
            'evaluation_stage', 'keep_reading', 'open_run', 'name_picture', 'some_of_each', 'manifest_strangers',
-           'collect_outputs', 'with_judge', 'store_judge', 'Trust', 'find_strangers', 'measure_trust', 'cut_test_pill']
+           'collect_outputs', 'with_judge', 'store_judge', 'Trust', 'find_strangers', 'measure_trust', 'cut_pill']
 
 # %% ../nbs/04d_predictions.ipynb #ab4bc1e9
 import os
@@ -236,13 +236,13 @@ def measure_trust(evaluated: Evaluated, test: Predictions) -> tuple[Trust, dict[
     metrics |= side_metrics(test.reading, test.pills.label.to_numpy(), *pair_sides(test.pills), test.clusters)
     few = test.pills.iloc[np.unique(np.linspace(0, len(test.pills) - 1, MOST_DAMAGED).astype(int))]
     plain = replace(evaluated, pre=replace(evaluated.pre, clahe=0.0))  # a photo is damaged before its contrast is evened out
-    crops = np.stack([cut_test_pill(plain, pill) for pill in few.itertuples()])
+    crops = np.stack([cut_pill(plain, pill) for pill in few.itertuples()])
     finished = lambda hurt: evaluated.classify(np.stack([evaluated.pre.finish(crop) for crop in hurt]))
     damage = measure_damage(finished, evaluated.judge, crops, few.label.to_numpy(), test.clusters[few.index])
     worst = damage[damage.step == 2]
     return Trust(strangers, table, damage), metrics | {"damage_top1": {row.kind: row.top1 for row in worst.itertuples()}, "damage_wrong_accepted": float(damage.wrong_accepted.max())}
 
 
-def cut_test_pill(evaluated: Evaluated, pill: Any) -> np.ndarray:  # (s, s, 3)
+def cut_pill(evaluated: Evaluated, pill: Any) -> np.ndarray:  # (s, s, 3)
     "Cut a pill as the evaluation does."
     return evaluated.pre.cut(read_photo(pill_source(pill, evaluated.roots)), (pill.x, pill.y, pill.w, pill.h))
