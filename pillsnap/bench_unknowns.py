@@ -112,7 +112,7 @@ def score_rows(judge: Judge, test: Shown, strange: Shown) -> dict[str, str]:  # 
     scores = score_pills(judge, test, strange)
     table, drugs_of = score_table(scores, strange), (test.pills.k_code, strange.pills.k_code)
     span = {column: " ({:.3f} to {:.3f})".format(*draw_drugs(measure, *scores[judge.method], drugs_of)) for column, measure in (("auroc", auroc), ("far95", false_accepts))}
-    shown = lambda name, column: "–" if name not in table.index else f"**{table[column][name]:.3f}**{span.get(column, '')}" if name == judge.method else f"{table[column][name]:.3f}"
+    shown = lambda name, column: "–" if name not in table.index else f"▸ {table[column][name]:.3f}{span.get(column, '')}" if name == judge.method else f"{table[column][name]:.3f}"
     line = lambda column: ", ".join(shown(name, column) for name in SCORES)
     drugs = strange.pills.k_code.nunique()
     return {f"AUROC on the {drugs}: {', '.join(SCORES)}": line("auroc"), "AUROC of the worst drug, in the same order": line("worst"), "false accepts where 95 % of the known are accepted": line("far95")}
@@ -316,7 +316,7 @@ def arm_tables(found: Mapping[str, Mapping[str, Mapping[str, str]]]) -> dict[str
 # %% ../nbs/08j_bench_unknowns.ipynb #eda69726
 COMMAND = "`pillsnap run benchmark --level slow --parts unknowns`"
 HOW = (f"{DATA.drugs} drawn drugs in families whose members differ by shade or imprint, {KNOWN} trained at 96 px from scratch with `metric=0.2`, one run each; intervals of 95 % over drugs. "
-       f"The unknown ones: those of the others that did not choose the score, and {FURTHER} more, drawn under the test pills' light and angles. The other {DATA.drugs - KNOWN} are enrolled. Bold: the score that ships.")
+       f"The unknown ones: those of the others that did not choose the score, and {FURTHER} more, drawn under the test pills' light and angles. The other {DATA.drugs - KNOWN} are enrolled. ▸: the score that ships.")
 
 
 def measure_unknowns(bench: Bench) -> Section:
