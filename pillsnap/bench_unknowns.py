@@ -12,7 +12,6 @@ __all__ = ['OTHERS', 'HINTS', 'PHOTOS', 'DATA', 'KNOWN', 'FIELDS', 'SMALL', 'LAR
 
 # %% ../nbs/08j_bench_unknowns.ipynb #9458c9c1
 import functools
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,7 +32,7 @@ from .judge import Hint, Judge, enrol_drug, weigh
 from .predictions import Evaluated, cut_pill, manifest_strangers, open_run, with_judge
 from .scores import share
 from .synthetic import make_looks, photo_single
-from .timing import Bench, Section
+from .timing import Bench, Section, seconds_of
 from .train import classifier_pills
 from .trees import SynthSpec, ensure_synthetic
 from .trust import pair_sides, side_metrics
@@ -179,13 +178,13 @@ def enrolment_rows(judge: Judge, test: Shown, pool: Shown, strange: Shown, sides
 # %% ../nbs/08j_bench_unknowns.ipynb #fbeb204e
 def enrolment_time(evaluated: Evaluated, pills: pd.DataFrame, photos: int = max(PHOTOS), times: int = 5) -> dict[str, str]:  # what → median seconds
     "Time the enrolment of a drug from some of its photos."
-    own, took = pills[pills.k_code == pills.k_code.iloc[0]].head(photos), []
-    for _ in range(times):
-        start = time.perf_counter()
+    own = pills[pills.k_code == pills.k_code.iloc[0]].head(photos)
+
+    def enrol() -> Judge:
         features = evaluated.classify(np.stack([cut_pill(evaluated, pill) for pill in own.itertuples()]))[1]
-        enrol_drug(evaluated.judge, "K-new", features, [str(i) for i in own.index])
-        took.append(time.perf_counter() - start)
-    return {f"one enrolled from {len(own)} photo files, seconds on {evaluated.device}": f"{np.median(took):.3f}"}
+        return enrol_drug(evaluated.judge, "K-new", features, [str(i) for i in own.index])
+
+    return {f"one enrolled from {len(own)} photo files, seconds on {evaluated.device}": f"{np.median([seconds_of(enrol)() for _ in range(times)]):.3f}"}
 
 # %% ../nbs/08j_bench_unknowns.ipynb #16be51a4
 def cut_pills_of(evaluated: Evaluated, folder: Path) -> np.ndarray:  # (n, s, s, 3)

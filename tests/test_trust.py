@@ -169,17 +169,18 @@ def test_an_enrolled_drug_brings_its_imprint(reading):
 
 
 def test_letters_go_with_a_back_a_list_and_a_hint(reading):
-    "What a caller adds joins what was read: two photos tell more than one, a list without the drug makes its pills strangers, a hint counts and excludes nothing."
+    "What a caller adds joins what was read: two photos tell more than one, a list without the drug lets fewer of its pills pass as known, a hint counts and excludes nothing."
     run, plan, result, exported = reading
     bundle, pills = open_bundle(exported.bundle), classifier_pills(result.evaluated.manifest, "test")
     photos, boxes = [read_photo(pill_source(pill, plan.roots)) for pill in pills.itertuples()], pills[list("xywh")].to_numpy(float)
     fronts, backs = pair_sides(pills)
-    sides = [photos[i][int(y) : int(y + h), int(x) : int(x + w)] for i in backs for x, y, w, h in boxes[i : i + 1]]
+    sides = [photos[i][y : y + h, x : x + w] for i, (x, y, w, h) in zip(backs, boxes[backs].astype(int))]
 
     def ask(**given):
         return [answer.pills[0] for answer in bundle([photos[i] for i in fronts], regions=boxes[fronts].tolist(), top=6, extras=[Extra(**{name: values[i] for name, values in given.items()}) for i in range(len(fronts))])]
 
-    truth, others = [[k_codes[i] for i in fronts] for k_codes in (pills.k_code.tolist(), pills.k_code.map(dict(zip(pills.k_code.unique(), np.roll(pills.k_code.unique(), 1)))).tolist())]
+    truth, drugs = pills.k_code.iloc[fronts].tolist(), sorted(pills.k_code.unique())
+    others = [drugs[drugs.index(drug) - 1] for drug in truth]
     chance = lambda pills, drugs: np.array([dict(pill.top).get(drug, 0.0) for pill, drug in zip(pills, drugs)])
     one, two, back = ask(), ask(back=sides), [answer.pills[0] for answer in bundle(sides)]
     assert [pill.letters for pill in two] == ["|".join(filter(None, (a.letters, b.letters))) for a, b in zip(one, back)] and any("|" in pill.letters for pill in two)
@@ -188,7 +189,7 @@ def test_letters_go_with_a_back_a_list_and_a_hint(reading):
     assert (chance(among, truth) >= chance(one, truth)).all() and [pill.top[0][0] for pill in without] == others
     assert sum(pill.known for pill in without) < sum(pill.known for pill in among)
     prints = pd.read_csv(run / "drugs.csv", index_col="k_code").print_front
-    right, wrong = (ask(hint=[Hint(imprint=prints[drug]) for drug in drugs]) for drugs in (truth, others))
+    right, wrong = (ask(hint=[Hint(imprint=prints[drug]) for drug in said]) for said in (truth, others))
     assert chance(right, truth).mean() > chance(one, truth).mean() > chance(wrong, truth).mean() > 0
     assert [pill.letters for pill in right] == [pill.letters for pill in one]
 
